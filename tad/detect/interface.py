@@ -1,0 +1,108 @@
+"""What a detector is: a module with ``forward``, ``loss`` and ``decode``, and a declaration of what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tad.timeline import TimeAxis
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One input of a detector: a level of a stream, and how a video's rows are handed over.
+
+    ``layout``: ``full`` is the whole video at its own spacing, ``windowed`` overlapping windows of fixed length,
+    ``rescaled`` the whole video squeezed into a fixed number of rows.
+    """
+
+    stream: str
+    level: str = "features"
+    layout: Literal["full", "windowed", "rescaled"] = "full"
+
+    @property
+    def key(self) -> str:
+        """The name under which the rows stand in :attr:`Batch.features`."""
+        return self.stream if self.level == "features" else f"{self.stream}/{self.level}"
+
+
+@dataclass
+class Targets:
+    """The truth of one sample: ``segments`` (N, 2) in row edges (see ``TimeAxis.to_rows``) and ``labels`` (N,)."""
+
+    segments: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(self.segments.to(device), self.labels.to(device))
+
+
+@dataclass
+class Batch:
+    """Samples side by side, padded to the longest; everything that a detector may look at."""
+
+    videos: list[str]
+    features: dict[str, Tensor]  # LevelSpec.key -> (B, C, T)
+    mask: Tensor  # (B, T) bool, True where a row is real
+    axes: list[TimeAxis]  # of each sample, row 0 being the sample's first row
+    durations_s: list[float]
+    targets: list[Targets] | None = None
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return replace(
+            self,
+            features={key: value.to(device, non_blocking=True) for key, value in self.features.items()},
+            mask=self.mask.to(device, non_blocking=True),
+            targets=None if self.targets is None else [t.to(device) for t in self.targets],
+        )
+
+
+@dataclass
+class Segments:
+    """Detections of one sample before suppression: seconds, class indices, scores. All tensors share their length N."""
+
+    video: str
+    segments_s: Tensor  # (N, 2) start and end in seconds
+    labels: Tensor  # (N,) int64
+    scores: Tensor  # (N,)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.scores.shape[0])
+
+
+class Detector(nn.Module):
+    """The base of every detector; see ``tad/detect/detectors/`` for the real ones.
+
+    Attributes
+    ----------
+    needs : the streams and levels that ``forward`` reads from ``batch.features``.
+    """
+
+    needs: tuple[LevelSpec, ...] = ()
+
+    def forward(self, batch: Batch) -> Any:
+        """The network's outputs for a batch, in row units; whatever ``loss`` and ``decode`` understand."""
+        raise TypeError(f"{type(self).__name__} does not define forward()")
+
+    def loss(self, outputs: Any, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Named scalar terms; the trainer minimises their sum."""
+        raise TypeError(f"{type(self).__name__} does not define loss()")
+
+    def decode(self, outputs: Any, batch: Batch) -> list[Segments]:
+        """One :class:`Segments` a sample, in seconds, inside ``[0, duration]``, before suppression."""
+        raise TypeError(f"{type(self).__name__} does not define decode()")
+
+
+class DetectorBuilder(Protocol):
+    """What stands in ``DETECTORS``: keyword arguments in, detector out."""
+
+    def __call__(self, *, channels: dict[str, int], classes: int, **model: Any) -> Detector: ...

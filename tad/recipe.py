@@ -1,0 +1,187 @@
+"""A run as data: frozen pydantic models that refuse unknown keys, YAML on disk, ``--set a.b=value`` on top.
+
+Precedence: defaults < file < ``--set`` < explicit flags. Nothing of ours is imported here but the errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tad.errors import RecipeError, did_you_mean
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Model(BaseModel):
+    """Base of all recipes: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExtractRecipe(Model):
+    """How one stream is made from videos (``tad extract``). Lengths in frames count frames of the grid at ``fps``.
+
+    ``None`` means: what the backbone declares (``window``, ``stride``, ``interval``, ``short_side``, ``crop``) or the file's
+    own average rate (``fps``).
+    """
+
+    backbone: str
+    weights: str | None = None
+    window: int | None = Field(None, ge=1)
+    interval: int | None = Field(None, ge=1)
+    stride: int | None = Field(None, ge=1)
+    fps: float | None = Field(None, gt=0)
+    short_side: int | None = Field(None, ge=16)
+    crop: tuple[int, int] | Literal["full"] | None = None
+    flow: str | None = None
+    levels: bool = False
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+class DataRecipe(Model):
+    """Which videos a detector sees, and how their rows are handed over."""
+
+    train_subset: str | None = None  # None: "training", "train" or "validation"-as-THUMOS, whichever the annotations have
+    holdout: float = Field(0.1, ge=0, lt=1)  # part of the training videos kept aside to choose the checkpoint by mAP
+    holdout_subset: str | None = None  # a subset of its own for that, instead of a part of the training videos
+    row_spacing: int = Field(1, ge=1)  # this many neighbouring rows are averaged into one
+    max_rows: int = Field(4096, ge=1)  # longer videos are cut at random in training; detection always sees all
+    workers: int = Field(0, ge=0)
+
+
+class TrainRecipe(Model):
+    """How a detector is trained; every detector's own values stand in its recipe files."""
+
+    epochs: int = Field(20, ge=1)
+    batch_videos: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    step_epochs: tuple[int, ...] = ()
+    step_gamma: float = Field(0.1, gt=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    select: Literal["map", "last"] = "map"
+    eval_every: int = Field(1, ge=1)
+
+
+class PostprocessRecipe(Model):
+    """Suppression of decoded segments, per video and class unless ``class_agnostic``."""
+
+    method: Literal["nms", "soft_nms", "none"] = "nms"
+    tiou: float = Field(0.7, ge=0, le=1)
+    sigma: float = Field(0.5, gt=0)
+    min_score: float = Field(1e-3, ge=0)
+    max_segments: int = Field(200, ge=1)
+    pre_topk: int = Field(2000, ge=1)
+    class_agnostic: bool = False
+
+
+class DetectRecipe(Model):
+    """A detector's whole run: what it reads, what it is, how it learns, what happens to its output."""
+
+    detector: str
+    streams: tuple[str, ...] = Field(min_length=1)
+    seed: int = 0
+    model: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the detector's class
+    data: DataRecipe = DataRecipe()
+    train: TrainRecipe = TrainRecipe()
+    postprocess: PostprocessRecipe = PostprocessRecipe()
+
+    @model_validator(mode="after")
+    def _streams_are_distinct(self) -> DetectRecipe:
+        if len(set(self.streams)) != len(self.streams):
+            raise ValueError(f"streams repeat: {', '.join(self.streams)}")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-4`` as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?(?:[eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """YAML text → plain data. Raises :class:`RecipeError` naming ``where``."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
+
+
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """A recipe file as a mapping. Raises :class:`RecipeError` when it is missing or is not a mapping."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from error
+    data = parse_yaml(text, where=str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this holds {type(data).__name__}")
+    return data
+
+
+def apply_sets(data: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """``data`` with every ``a.b=value`` applied; values are YAML (``[1, 2]``, ``1e-4``, ``true``)."""
+    result = _copied(data)
+    for item in sets:
+        dotted, equals, text = item.partition("=")
+        keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise RecipeError(f"--set {item}: expected key=value, such as --set train.epochs=10")
+        node = result
+        for key in keys[:-1]:
+            child = node.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise RecipeError(f"--set {item}: '{key}' is a value, it has no keys below it")
+            node = child
+        node[keys[-1]] = parse_yaml(text, where=f"--set {item}")
+    return result
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+
+
+def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
+    """``data`` as a ``model``; every problem in one :class:`RecipeError`, unknown keys with a suggestion."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key '{place}'.{did_you_mean(str(problem['loc'][-1]), _keys_at(model, problem['loc'][:-1]))}")
+            else:
+                lines.append(f"{place or 'recipe'}: {problem['msg']} (got {problem.get('input')!r})")
+        raise RecipeError(f"{where}: " + "; ".join(lines)) from None
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    node: Any = model
+    for part in location:
+        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        node = None if field is None else field.annotation
+    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def dump_yaml(recipe: BaseModel) -> str:
+    """A recipe as YAML text that :func:`load_mapping` and :func:`validated` read back unchanged."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
