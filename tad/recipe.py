@@ -27,7 +27,8 @@ class Model(BaseModel):
 class ExtractRecipe(Model):
     """How one stream is made from videos (``tad extract``). Lengths in frames count frames of the grid at ``fps``.
 
-    ``None`` means: what the backbone declares (``window``, ``stride``, ``interval``, ``short_side``, ``crop``) or the file's
+    ``None`` means: what the backbone declares (``window``, ``stride``, ``interval``, ``short_side``, ``crop``) or
+    the file's
     own average rate (``fps``).
     """
 
@@ -47,7 +48,8 @@ class ExtractRecipe(Model):
 class DataRecipe(Model):
     """Which videos a detector sees, and how their rows are handed over."""
 
-    train_subset: str | None = None  # None: "training", "train" or "validation"-as-THUMOS, whichever the annotations have
+    # None: "training"; where the annotations have none, "validation", as THUMOS14's detectors are trained on it
+    train_subset: str | None = None
     holdout: float = Field(0.1, ge=0, lt=1)  # part of the training videos kept aside to choose the checkpoint by mAP
     holdout_subset: str | None = None  # a subset of its own for that, instead of a part of the training videos
     row_spacing: int = Field(1, ge=1)  # this many neighbouring rows are averaged into one
@@ -111,7 +113,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?(?:[eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|nan))$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?(?:[eE][-+]?\d+)|\d[\d_]*\.[\d_]*|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|nan))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -119,7 +123,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, *, where: str) -> Any:
     """YAML text → plain data. Raises :class:`RecipeError` naming ``where``."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
 
@@ -168,7 +172,8 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key '{place}'.{did_you_mean(str(problem['loc'][-1]), _keys_at(model, problem['loc'][:-1]))}")
+                known = _keys_at(model, problem["loc"][:-1])
+                lines.append(f"unknown key '{place}'.{did_you_mean(str(problem['loc'][-1]), known)}")
             else:
                 lines.append(f"{place or 'recipe'}: {problem['msg']} (got {problem.get('input')!r})")
         raise RecipeError(f"{where}: " + "; ".join(lines)) from None

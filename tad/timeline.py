@@ -11,7 +11,8 @@ from typing import Any, Self
 class TimeAxis:
     """Where the rows of a feature sequence lie in time.
 
-    Row ``i`` is centred at ``translation_s + i * scale_s`` seconds and looks at ``window_s`` seconds around that centre.
+    Row ``i`` is centred at ``translation_s + i * scale_s`` seconds and looks at ``window_s`` seconds around that
+    centre.
     ``center_s``, ``row_at``, ``to_rows`` and ``to_seconds`` take floats, NumPy arrays or tensors alike.
 
     Parameters
@@ -40,7 +41,8 @@ class TimeAxis:
     # ---- where an axis comes from --------------------------------------------------------------------------------
     @classmethod
     def from_frames(cls, *, fps: float, window_frames: float, stride_frames: float, offset_frames: float = 0.0) -> Self:
-        """Rows made of ``window_frames`` frames every ``stride_frames``, the first window starting at ``offset_frames``.
+        """Rows made of ``window_frames`` frames every ``stride_frames``, the first window starting at
+        ``offset_frames``.
 
         ``scale_s = stride / fps`` and ``translation_s = (offset + window / 2) / fps``: frame ``k`` fills
         ``[k, k + 1) / fps``, so a window's centre is the middle of the frames that it holds.
@@ -66,7 +68,8 @@ class TimeAxis:
         return (time_s - self.translation_s) / self.scale_s
 
     def to_rows(self, segments_s: Any) -> Any:
-        """Seconds → row *edges*: row ``i`` fills ``[i, i + 1)``, so that a segment's length in rows is its share of rows.
+        """Seconds → row *edges*: row ``i`` fills ``[i, i + 1)``, so that a segment's length in rows is its share of
+        rows.
 
         A segment from the left edge of row 0 to the right edge of row 4 is ``(0, 5)``.
         """
@@ -82,7 +85,9 @@ class TimeAxis:
         return center - 0.5 * self.window_s, center + 0.5 * self.window_s
 
     def rows_between(self, start_s: float, end_s: float, *, rows: int) -> slice:
-        """The rows whose centres lie in ``[start_s, end_s]``, as a slice of a sequence of ``rows`` rows (may be empty)."""
+        """The rows whose centres lie in ``[start_s, end_s]``, as a slice of a sequence of ``rows`` rows (may be
+        empty).
+        """
         first = min(max(0, math.ceil(self.row_at(start_s) - 1e-9)), rows)
         last = min(rows - 1, math.floor(self.row_at(end_s) + 1e-9))
         return slice(first, max(first, last + 1))

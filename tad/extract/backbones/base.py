@@ -26,7 +26,8 @@ class BackboneSpec:
     frames, interval : frames of a training clip, and how many frames apart they lie.
     fps : frame rate of training; ``None`` where it was each file's own.
     modality : ``rgb`` (3 channels) or ``flow`` (2 channels, x then y).
-    short_side, crop : frames are scaled so that the short side has this many pixels, then cut (height, width) at the centre.
+    short_side, crop : frames are scaled so that the short side has this many pixels, then cut (height, width) at the
+    centre.
     value_range : where uint8 0…255 is mapped to before ``mean`` and ``std`` (per channel) apply.
     width : channels of ``features``.
     levels : stage outputs by name (``s2`` = one position every 2 frames).
@@ -59,13 +60,19 @@ class Backbone(nn.Module):
     spec: BackboneSpec
 
     def forward(self, clips: Tensor, *, levels: bool = False) -> dict[str, Tensor]:
-        """Normalised clips (B, C, T, H, W) → ``{"features": (B, D)}``, with ``levels`` also the stage maps (B, C, T', H', W')."""
+        """Normalised clips (B, C, T, H, W) → ``{"features": (B, D)}``, with ``levels`` also the stage maps (B, C,
+        T', H', W').
+        """
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
     def normalise(self, clips: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 clips (B, C, T, H, W) → what ``forward`` takes: value range first, then mean and std per channel."""
         low, high = self.spec.value_range
         scale = torch.tensor([(high - low) / 255.0 / s for s in self.spec.std], device=clips.device, dtype=dtype)
-        shift = torch.tensor([(low - m) / s for m, s in zip(self.spec.mean, self.spec.std, strict=True)], device=clips.device, dtype=dtype)
+        shift = torch.tensor(
+            [(low - m) / s for m, s in zip(self.spec.mean, self.spec.std, strict=True)],
+            device=clips.device,
+            dtype=dtype,
+        )
         shape = (1, -1, 1, 1, 1)
         return clips.to(dtype) * scale.view(shape) + shift.view(shape)

@@ -1,0 +1,19 @@
+"""What is true and what is predicted: readers and writers of the field's files, as pandas tables.
+
+>>> from tad.annotations import read_truth, read_annotations, read_predictions, write_predictions
+
+Segments are rows ``video, start_s, end_s, label`` (predictions add ``score``); times are seconds.
+"""
+
+from tad.annotations._predictions import check_segments, read_predictions, write_predictions
+from tad.annotations._truth import Truth, read_annotations, read_truth, read_videos
+
+__all__ = [
+    "Truth",
+    "check_segments",
+    "read_annotations",
+    "read_predictions",
+    "read_truth",
+    "read_videos",
+    "write_predictions",
+]

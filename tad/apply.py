@@ -1,0 +1,101 @@
+"""A trained run on videos: extract what the run's features need, detect, and say which videos failed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tad.detect import detect
+from tad.detect.runs import Run
+from tad.errors import WeightsError
+from tad.extract.pipeline import Failure, extract
+from tad.extract.streams import recipe_of
+from tad.progress import ProgressFactory, silent
+from tad.recipe import ExtractRecipe, PostprocessRecipe
+
+
+@dataclass
+class VideoDetections:
+    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score, and the videos that failed."""
+
+    predictions: pd.DataFrame
+    failures: list[Failure]
+
+
+def detect_videos(
+    videos: str | Path | Iterable[str | Path],
+    *,
+    run: str | Path,
+    store: str | Path | None = None,
+    weights: Mapping[str, str] | None = None,
+    device: str | None = None,
+    batch: int = 8,
+    postprocess: PostprocessRecipe | None = None,
+    progress: ProgressFactory = silent,
+) -> VideoDetections:
+    """Detections in ``videos`` with nothing but a run folder: its features are extracted exactly as those it was
+    trained on.
+
+    Parameters
+    ----------
+    videos : files, folders or lists, as for :func:`tad.extract.extract`.
+    run : the folder that ``train_detector`` wrote.
+    store : keep the features here and use those already there; by default they are thrown away.
+    weights : stream → checkpoint, where the checkpoint is no longer where it was at extraction.
+
+    Raises
+    ------
+    RecipeError : the run's features were imported, not extracted by tad.
+    WeightsError : a checkpoint is missing, or is not the one whose hash the run recorded.
+    """
+    loaded = Run.load(run)
+    recipes = feature_recipes(loaded, weights=weights or {})
+    with ExitStack() as stack:
+        if store is None:
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tad-"))) / "features.zarr"
+        report = extract(
+            videos, store=store, recipes=list(recipes.values()), names=list(recipes), batch=batch, device=device,
+            progress=progress,
+        )  # fmt: skip
+        failed = {failure.video for failure in report.failures}
+        complete = [video for video in dict.fromkeys(report.videos) if video not in failed]
+        predictions = detect(run=loaded, store=store, videos=complete, device=device, postprocess=postprocess)
+    return VideoDetections(predictions, report.failures)
+
+
+def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, ExtractRecipe]:
+    """The extraction recipe of every stream that ``run`` reads, its checkpoint found and verified.
+
+    A checkpoint is looked for where ``weights`` says, then where it lay at extraction, then in the run's ``weights``
+    folder.
+    """
+    recipes = {}
+    for stream, features in run.features.items():
+        spec: dict[str, Any] = features["spec"]
+        recipes[stream] = recipe_of(spec, weights="") if spec.get("imported") else recipe_of(
+            spec, weights=_find_weights(stream, spec["weights"], features.get("weights_source"), run, weights)
+        )  # fmt: skip
+    return recipes
+
+
+def _find_weights(stream: str, weights_id: str, source: str | None, run: Run, given: Mapping[str, str]) -> str:
+    from tad.extract.weights import sha256_of
+
+    if weights_id.startswith("random"):
+        return weights_id
+    sha256 = weights_id.removeprefix("sha256:")
+    candidates = [given.get(stream), source, *sorted(str(p) for p in (Path(run.path) / "weights").glob("*"))]
+    for candidate in candidates:
+        if candidate and Path(candidate).is_file() and sha256_of(candidate) == sha256:
+            return candidate
+    looked = "; ".join(str(c) for c in candidates if c) or "nowhere recorded"
+    raise WeightsError(
+        f"the weights of stream '{stream}' (sha256 {sha256}) are in none of: {looked}. "
+        f"Give them with --weights {stream}=FILE, or copy the file into {Path(run.path) / 'weights'}"
+    )

@@ -1,0 +1,68 @@
+"""What all commands share: printing, errors as exit statuses, options."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tad.errors import TadError
+
+FAILED, PARTLY, INTERRUPTED = 1, 3, 130
+
+
+class TadGroup(click.Group):
+    """Turns tad's own errors into one line and an exit status; ``-v`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TadError as error:
+            if ctx.find_root().params.get("verbose"):
+                traceback.print_exc()
+            say(f"tad: error: {error}")
+            ctx.exit(FAILED)
+        except KeyboardInterrupt:
+            say("\ntad: interrupted; what is complete is kept. Run the same again to go on (training: with --resume).")
+            ctx.exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(text, err=True)
+
+
+def show(data: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def size_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | str | None:
+    """``224x224`` (height x width), ``224`` or ``full``."""
+    if value is None or value == "full":
+        return value
+    parts = value.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"'{value}' is not HEIGHTxWIDTH such as 224x224 or 256x320, nor 'full'")
+    return int(parts[0]), int(parts[-1])
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, first named first shown."""
+
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")
+device_option = click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda when there is one]")
+sets_option = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, e.g. train.epochs=10."
+)

@@ -1,0 +1,128 @@
+"""``tad train-detector`` and ``tad detect``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, show
+
+
+@click.command("train-detector")
+@click.argument("name", required=False)
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Recipe file (recipes/ holds those of the papers' tables).",
+)
+@click.option("--store", required=True, help="Feature store to read.")
+@click.option("--streams", help="Streams, separated by commas; order matters (RGB, then flow).")
+@click.option(
+    "--annotations",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Truth: ActivityNet JSON, THUMOS14 CSV or plain CSV.",
+)
+@sets_option
+@click.option("--seed", type=int, help="Seed of everything random.")
+@device_option
+@click.option("--resume", is_flag=True, help="Go on where the run in -o stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in -o.")
+@click.option("-o", "--out", required=True, type=click.Path(file_okay=False), help="The run's folder.")
+@as_json
+def train_detector(
+    name: str | None,
+    recipe: str | None,
+    streams: str | None,
+    sets: tuple[str, ...],
+    seed: int | None,
+    as_json: bool,
+    **o: Any,
+) -> None:
+    """Train detector NAME (or the one of --recipe) on stored features; the checkpoint is chosen by mAP on videos
+    kept aside.
+
+    \b
+    tad train-detector talnet --store S --streams i3d-rgb,i3d-flow --annotations A.json -o runs/talnet
+    """
+    from tad.detect import detect_recipe
+    from tad.detect import train_detector as run
+    from tad.progress import progress
+
+    chosen = detect_recipe(name, file=recipe, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
+    metrics = run(chosen, progress=progress, **o)
+    show(metrics) if as_json else click.echo(
+        f"{o['out']}: best epoch {metrics.get('best_epoch')}, holdout mAP {metrics.get('best_map')}"
+    )
+
+
+@click.command()
+@click.argument("videos", nargs=-1)
+@click.option(
+    "--run", required=True, type=click.Path(exists=True, file_okay=False), help="Run folder of train-detector."
+)
+@click.option("--store", help="Detect in this store's features; with VIDEOS: keep their features here.")
+@click.option(
+    "--annotations", type=click.Path(exists=True, dir_okay=False), help="Truth that says which videos --subset holds."
+)
+@click.option("--subset", help="Only the videos of this subset (with --annotations).")
+@click.option(
+    "--weights", multiple=True, metavar="STREAM=FILE", help="Where a stream's checkpoint is now, if it was moved."
+)
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override suppression, e.g. tiou=0.5 or method=soft_nms."
+)
+@device_option
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False), help="predictions.json or .csv.  [default: JSON on stdout]"
+)
+@click.pass_context
+def detect(
+    ctx: click.Context,
+    /,
+    videos: tuple[str, ...],
+    run: str,
+    store: str | None,
+    weights: tuple[str, ...],
+    sets: tuple[str, ...],
+    **o: Any,
+) -> None:
+    """Say which actions happen when, in VIDEOS (features are extracted as the run wants them) or in a feature store.
+
+    \b
+    tad detect talk.mp4 --run runs/talnet -o found.json
+    tad detect --store S --annotations A.json --subset validation --run runs/talnet -o found.json
+    """
+    from tad.annotations import predictions_to_dict, write_predictions
+    from tad.detect import postprocess_recipe
+    from tad.progress import progress
+
+    if not videos and store is None:
+        raise click.UsageError("name VIDEOS, or a --store whose features are searched")
+    suppression = postprocess_recipe(run, sets)
+    failures: list[Any] = []
+    if videos:
+        from tad.apply import detect_videos
+
+        given = dict(item.split("=", 1) for item in weights if "=" in item)
+        found = detect_videos(
+            videos, run=run, store=store, weights=given, device=o["device"], postprocess=suppression, progress=progress
+        )
+        predictions, failures = found.predictions, found.failures
+    else:
+        from tad.detect import detect as from_store
+
+        predictions = from_store(
+            run=run, store=store, subset=o["subset"], annotations=o["annotations"], device=o["device"],
+            postprocess=suppression, failures=failures, progress=progress,
+        )  # fmt: skip
+    if o["out"]:
+        write_predictions(o["out"], predictions)
+        click.echo(f"{len(predictions)} segments in {predictions['video'].nunique()} videos: {o['out']}")
+    else:
+        show(predictions_to_dict(predictions))
+    for failure in failures:
+        say(f"failed: {failure}")
+    if failures:
+        ctx.exit(PARTLY)

@@ -1,0 +1,88 @@
+"""``tad extract``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tad.cli.common import PARTLY, as_json, device_option, say, show, size_option
+
+
+@click.command()
+@click.argument("videos", nargs=-1, required=True)
+@click.option("--store", required=True, help="Folder or URL of the feature store; made when absent.")
+@click.option(
+    "--format", type=click.Choice(["zarr", "hdf5"]), help="Format of a new store.  [default: by its name, else zarr]"
+)
+@click.option(
+    "--backbone", "backbones", multiple=True, required=True, help="Network; repeatable. i3d = i3d-rgb and i3d-flow."
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="[BACKBONE=]FILE|random[:SEED]",
+    help="Checkpoint, one a backbone in the same order, or named.",
+)
+@click.option(
+    "--stream", "names", multiple=True, help="Name of the stream, one a backbone.  [default: the backbone's name]"
+)
+@click.option("--window", type=click.IntRange(1), help="Frames of a snippet.  [default: the backbone's]")
+@click.option(
+    "--interval",
+    type=click.IntRange(1),
+    help="Take every Nth frame of the grid into a snippet.  [default: the backbone's]",
+)
+@click.option("--stride", type=click.IntRange(1), help="Frames from one row to the next.  [default: the backbone's]")
+@click.option(
+    "--fps", type=click.FloatRange(0, min_open=True), help="Frame rate of the grid.  [default: each file's own]"
+)
+@click.option(
+    "--short-side", type=click.IntRange(16), help="Scale frames to this short side.  [default: the backbone's]"
+)
+@click.option("--crop", callback=size_option, metavar="HxW|full", help="Centre crop.  [default: the backbone's]")
+@click.option("--flow", help="Optical flow for flow networks: dis, farneback.  [default: dis]")
+@click.option("--levels", is_flag=True, help="Store the last stage outputs as well (s2, s4, s8).")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@device_option
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a forward pass.")
+@click.option("--overwrite", is_flag=True, help="Extract again what the store already holds.")
+@click.option(
+    "--failures",
+    type=click.Path(dir_okay=False),
+    help="Where failing videos are listed.  [default: STORE/failures.jsonl]",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done: rows, bytes, what is there already.")
+@as_json
+@click.pass_context
+def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_json: bool, **o: Any) -> None:
+    """Extract features of VIDEOS (files, folders, .txt lists) into a store; what is there already is skipped.
+
+    \b
+    tad extract videos/ --store features.zarr --backbone i3d --weights rgb_imagenet.pt --weights flow_imagenet.pt
+    tad extract v.mp4 --store features.zarr --backbone i3d-rgb --weights random --crop 256x320 --stride 4
+    """
+    from tad.extract import pipeline, report
+    from tad.progress import progress
+
+    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision")
+    recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
+    common = {
+        "store": o["store"],
+        "recipes": recipes,
+        "names": list(o["names"]) or None,
+        "format": o["format"],
+        "overwrite": o["overwrite"],
+    }
+    if dry_run:
+        plan = report.dry_run(videos, **common)
+        show(plan) if as_json else click.echo("\n".join(report.dry_run_lines(plan)))
+        return
+    done = pipeline.extract(
+        videos, **common, batch=o["batch"], device=o["device"], failures=o["failures"], progress=progress
+    )
+    for line in report.failure_lines(done.failures):
+        say(line)
+    show(done.to_dict()) if as_json else click.echo("\n".join(report.report_lines(done)))
+    if done.failures:
+        ctx.exit(PARTLY)

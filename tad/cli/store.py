@@ -1,0 +1,160 @@
+"""``tad store …``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from tad.cli.common import PARTLY, as_json, say, show
+
+
+@click.group()
+def store() -> None:
+    """Look into, check, clean and fill feature stores."""
+
+
+@store.command("ls")
+@click.argument("path")
+@click.option("--stream", help="Only this stream.")
+@as_json
+def store_ls(path: str, stream: str | None, as_json: bool) -> None:
+    """List the entries of the store at PATH: stream, video, level, rows, channels, seconds."""
+    from tad.store import open_store
+
+    with open_store(path) as opened:
+        table = opened.catalog()
+    if stream is not None:
+        table = table[table["stream"] == stream]
+    columns = ["stream", "video", "level", "rows", "channels", "dtype", "scale_s", "duration_s"]
+    if as_json:
+        show(json.loads(table.to_json(orient="records")))
+    else:
+        click.echo(table[columns].to_string(index=False) if len(table) else "the store holds no entry")
+
+
+@store.command("info")
+@click.argument("path")
+@click.option("--stream", help="Only this stream.")
+@click.option("--video", help="The attributes of one entry (with --stream).")
+def store_info(path: str, stream: str | None, video: str | None) -> None:
+    """Show how the streams of the store at PATH were made, or everything about one entry, as JSON."""
+    from tad.store import open_store
+
+    if video is not None and stream is None:
+        raise click.UsageError("--video needs --stream")
+    with open_store(path) as opened:
+        if video is not None and stream is not None:
+            show(opened.attrs(stream, video))
+            return
+        names = [stream] if stream is not None else opened.streams()
+        streams = {name: {"videos": len(opened.videos(name)), **opened.stream_attrs(name)} for name in names}
+        show({"path": opened.path, "format": opened.format, "streams": streams})
+
+
+@store.command("verify")
+@click.argument("path")
+@click.option("--deep", is_flag=True, help="Decode every chunk and compare the hashes.")
+@as_json
+@click.pass_context
+def store_verify(ctx: click.Context, /, path: str, deep: bool, as_json: bool) -> None:
+    """Check that every entry of the store at PATH is whole; exit status 3 when one is damaged."""
+    from tad.store import open_store
+
+    with open_store(path) as opened:
+        report = opened.verify(deep=deep)
+    if as_json:
+        show(report.to_dict())
+    else:
+        for problem in report.problems:
+            click.echo(f"damaged: {problem}")
+        click.echo(f"{report.checked} entries checked{' deeply' if deep else ''}, {len(report.problems)} problems")
+    if not report.ok:
+        ctx.exit(PARTLY)
+
+
+@store.command("gc")
+@click.argument("path")
+@click.option(
+    "--min-age",
+    "min_age_s",
+    type=float,
+    default=3600.0,
+    show_default=True,
+    help="Seconds that leftovers must be old, so that living writers are left alone.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def store_gc(path: str, min_age_s: float, dry_run: bool) -> None:
+    """Remove what killed writers left behind in the store at PATH; entries are never touched."""
+    from tad.store import open_store
+
+    with open_store(path, "a") as opened:
+        removed = opened.gc(dry_run=dry_run, min_age_s=min_age_s)
+    for name in removed:
+        click.echo(name)
+    say(f"{len(removed)} leftovers {'would be' if dry_run else 'were'} removed")
+
+
+@store.command("index")
+@click.argument("path")
+def store_index(path: str) -> None:
+    """Write catalog.csv (and store.h5) of the store at PATH anew from its entries."""
+    from tad.store import open_store
+
+    with open_store(path, "a") as opened:
+        opened.write_catalog()
+        click.echo(f"{len(opened.catalog())} arrays listed")
+
+
+@store.command("import")
+@click.argument("folder")
+@click.option("--store", "path", required=True, help="Folder or URL of the feature store; made when absent.")
+@click.option("--format", type=click.Choice(["zarr", "hdf5"]), help="Format of a new store.")
+@click.option("--stream", required=True, help="Name of the stream.")
+@click.option("--fps", type=float, required=True, help="Frame rate that --window and --stride count.")
+@click.option("--window", type=float, required=True, help="Frames behind one row.")
+@click.option("--stride", type=float, required=True, help="Frames from one row to the next.")
+@click.option("--offset", type=float, default=0.0, show_default=True, help="First frame of row 0.")
+@click.option(
+    "--layout", type=click.Choice(["TC", "CT"]), help="Rows x channels or channels x rows, where it is ambiguous."
+)
+@click.option("--rescaled", is_flag=True, help="Rows divide the video evenly; needs --annotations for the durations.")
+@click.option(
+    "--annotations", type=click.Path(exists=True, dir_okay=False), help="Truth file that knows the durations."
+)
+@click.option("--prefix", default="", help="Taken off the file names, e.g. v_.")
+@click.option("--suffix", default="", help="Taken off the file names.")
+@click.option("--allow-pickle", is_flag=True, help="Read .pkl files; pickles can run code.")
+@click.option("--overwrite", is_flag=True, help="Replace entries that are there.")
+@as_json
+@click.pass_context
+def store_import(
+    ctx: click.Context, /, folder: str, path: str, stream: str, annotations: str | None, as_json: bool, **o: Any
+) -> None:
+    """Bring features made elsewhere (.npy, .npz, .csv, .pt, .h5) into a store, with their time axis.
+
+    \b
+    tad store import thumos_i3d/ --store S --stream i3d --fps 30 --window 16 --stride 4
+    """
+    from tad.store import import_features, open_store
+
+    durations = None
+    if annotations is not None:
+        from tad.annotations import read_videos
+
+        videos = read_videos(annotations).dropna(subset=["duration_s"])
+        durations = dict(zip(videos["video"], videos["duration_s"].astype(float), strict=True))
+    with open_store(path, "a", format=o.pop("format")) as opened:
+        report = import_features(folder, opened, stream, durations=durations, **o)
+        opened.write_catalog()
+    for file, why in report.skipped:
+        say(f"skipped {file}: {why}")
+    if as_json:
+        show({"written": report.written, "already": report.already, "skipped": report.skipped})
+    else:
+        click.echo(
+            f"{len(report.written)} entries written, {len(report.already)} already there, {len(report.skipped)} skipped"
+        )
+    if report.skipped:
+        ctx.exit(PARTLY)

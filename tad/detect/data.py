@@ -1,0 +1,208 @@
+"""Samples for a detector: truth in rows, crops, batches, and an order of batches that depends on the seed and epoch alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tad.detect.align import Sample, read_sample
+from tad.detect.interface import Batch, LevelSpec, Targets
+from tad.store import Store, open_store
+from tad.timeline import TimeAxis
+
+CACHE_BYTES = 2 * 1024**3  # training sets up to this size are kept in memory, larger ones are read again every epoch
+KEEP_INSIDE = 0.5  # a truth belongs to a crop when this part of it lies inside (tIoA)
+SLIVER_ROWS = 1e-3  # what is left of a truth after cutting must be longer than this
+
+
+@dataclass(frozen=True)
+class RowTruth:
+    """The truth of one video in row edges, and what had to be left out of it."""
+
+    segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))  # (N, 2)
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,)
+    outside: int = 0  # segments that no row covers
+    empty: int = 0  # segments that do not last
+
+
+def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: int) -> RowTruth:
+    """Truth in seconds (N, 2) -> row edges, cut to ``[0, rows]``.
+
+    Segments that do not last (end <= start) and those that lie outside all rows are left out and counted.
+    """
+    segments_s = np.asarray(segments_s, np.float64).reshape(-1, 2)
+    lasting = segments_s[:, 1] > segments_s[:, 0]  # (N,)
+    edges = np.clip(axis.to_rows(segments_s), 0.0, float(rows))  # (N, 2)
+    inside = edges[:, 1] - edges[:, 0] > np.minimum(SLIVER_ROWS, 0.5 * (segments_s[:, 1] - segments_s[:, 0]) / axis.scale_s)
+    keep = lasting & inside
+    return RowTruth(
+        edges[keep].astype(np.float32),
+        np.asarray(labels, np.int64).reshape(-1)[keep],
+        outside=int((lasting & ~inside).sum()),
+        empty=int((~lasting).sum()),
+    )
+
+
+def crop(sample: Sample, start: int, rows: int) -> Sample:
+    """Rows ``[start, start + rows)`` of a sample; a truth stays when at least half of it lies inside, cut to the crop."""
+    moved = sample.segments - np.float32(start)  # (N, 2)
+    cut = np.clip(moved, 0, rows)
+    keep = cut[:, 1] - cut[:, 0] >= KEEP_INSIDE * (moved[:, 1] - moved[:, 0])  # (N,)
+    return replace(
+        sample,
+        features={key: array[start : start + rows] for key, array in sample.features.items()},
+        axis=sample.axis.shifted(start),
+        segments=cut[keep],
+        labels=sample.labels[keep],
+    )
+
+
+def collate(samples: Sequence[Sample]) -> Batch | None:
+    """Samples side by side, padded with zeros to the longest; nothing for an empty share of a batch."""
+    if not samples:
+        return None
+    longest = max(sample.rows for sample in samples)
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)  # (B, T)
+    features: dict[str, Tensor] = {}
+    for key, array in samples[0].features.items():
+        features[key] = torch.zeros(len(samples), array.shape[1], longest)  # (B, C, T)
+    for index, sample in enumerate(samples):
+        mask[index, : sample.rows] = True
+        for key, array in sample.features.items():
+            features[key][index, :, : sample.rows] = torch.from_numpy(array.astype(np.float32, copy=False)).T
+    targets = [Targets(torch.from_numpy(s.segments.copy()), torch.from_numpy(s.labels.copy())) for s in samples]
+    videos, axes = [sample.video for sample in samples], [sample.axis for sample in samples]
+    return Batch(videos, features, mask, axes, [sample.duration_s for sample in samples], targets)
+
+
+class VideoDataset(Dataset[Sample]):
+    """Training samples by ``(epoch, index)``: the same pair gives the same sample in any process and order.
+
+    Parameters
+    ----------
+    store : where the rows are; opened again by path in every worker.
+    needs : what the detector reads.
+    truth : video -> its truth in rows; its keys are the videos, in order.
+    row_spacing, max_rows : see ``DataRecipe``; longer videos are cut at a uniformly random place.
+    seed : of the random cuts.
+    cache : samples read already, by video; empty to read them each time.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        needs: Sequence[LevelSpec],
+        truth: Mapping[str, RowTruth],
+        row_spacing: int,
+        max_rows: int,
+        seed: int,
+        cache: Mapping[str, Sample],
+    ) -> None:
+        self.store: Store | None = store
+        self.path = store.path
+        self.needs, self.truth, self.videos = tuple(needs), dict(truth), list(truth)
+        self.row_spacing, self.max_rows, self.seed, self.cache = row_spacing, max_rows, seed, dict(cache)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        video = self.videos[index]
+        sample = self.cache.get(video) or self._read(video)
+        truth = self.truth[video]
+        sample = replace(sample, segments=truth.segments, labels=truth.labels)
+        if sample.rows <= self.max_rows:
+            return sample
+        start = int(seeded(self.seed, epoch, index).integers(0, sample.rows - self.max_rows + 1))
+        return crop(sample, start, self.max_rows)
+
+    def _read(self, video: str) -> Sample:
+        if self.store is None:
+            self.store = open_store(self.path)
+        return read_sample(self.store, self.needs, video, row_spacing=self.row_spacing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "store": None}  # file handles do not survive a new process
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: the videos (dataset indices) of each of its batches."""
+
+    batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def videos(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def epoch_steps(videos: int, *, batch: int, accumulate: int, seed: int, epoch: int) -> list[Step]:
+    """All videos in the random order of (seed, epoch), ``batch`` to a batch and ``accumulate`` batches to a step."""
+    order = seeded(seed, epoch).permutation(videos).tolist()
+    batches = [tuple(order[i : i + batch]) for i in range(0, videos, batch)]
+    return [Step(tuple(batches[i : i + accumulate])) for i in range(0, len(batches), accumulate)]
+
+
+class _Shares(Sampler[list[tuple[int, int]]]):
+    """What one of ``world`` processes loads: its part of every batch of an epoch, empty where a batch is too small."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.epoch = rank, world, 0
+        self.steps: list[Step] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for batch in step.batches:
+                yield [(self.epoch, index) for index in batch[self.rank :: self.world]]
+
+    def __len__(self) -> int:
+        return sum(len(step.batches) for step in self.steps)
+
+
+class EpochLoader:
+    """Batches of this process, epoch by epoch; ``None`` stands for an empty share.
+
+    The order is drawn here, from the seed and epoch, so that it is the same for any number of workers, and neither it nor
+    the workers' seeds touch torch's own generator.
+    """
+
+    def __init__(self, dataset: VideoDataset, *, workers: int, rank: int = 0, world: int = 1) -> None:
+        workers = 0 if dataset.cache else workers  # rows in memory are handed over faster than a worker could send them
+        self.shares = _Shares(rank, world)
+        self.dataset, self.generator = dataset, torch.Generator()
+        self.loader: DataLoader[Sample] = DataLoader(
+            dataset,
+            batch_sampler=self.shares,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_seed_worker,
+            generator=self.generator,
+            # Neither torch's threads nor remote stores survive a fork.
+            multiprocessing_context="forkserver" if workers else None,
+            persistent_workers=workers > 0,
+        )
+
+    def epoch(self, epoch: int, steps: Sequence[Step]) -> Iterator[Batch | None]:
+        self.shares.epoch, self.shares.steps = epoch, list(steps)
+        self.generator.manual_seed(int(seeded(self.dataset.seed, epoch, -1 & 0xFFFFFFFF).integers(2**62)))
+        yield from iter(self.loader)
+
+
+def seeded(seed: int, *parts: int) -> np.random.Generator:
+    """A generator that depends on these numbers alone (negative seeds allowed)."""
+    return np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, *parts])
+
+
+def _seed_worker(worker: int) -> None:
+    state = torch.initial_seed() % 2**32
+    np.random.seed(state)  # noqa: NPY002 - libraries that draw from the global generator
+    random.seed(state)

@@ -1,0 +1,251 @@
+"""A trained run on stored features: samples → network → decoded segments → suppression → a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tad.annotations import Truth, read_truth
+from tad.detect.align import Sample, check_needs, read_sample
+from tad.detect.data import collate
+from tad.detect.distributed import pick_device
+from tad.detect.interface import Detector, LevelSpec, Segments
+from tad.detect.postprocess import suppress
+from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
+from tad.detect.runs import Run, describe_differences, differing_keys, write_atomic
+from tad.errors import RecipeError, StoreError
+from tad.progress import ProgressFactory, silent
+from tad.recipe import PostprocessRecipe
+from tad.store import Store, open_store
+
+logger = logging.getLogger("tad.detect")
+COLUMNS = ["video", "start_s", "end_s", "label", "score"]
+
+
+def detect(
+    *,
+    run: Run | str | Path,
+    store: Store | str | Path,
+    videos: Sequence[str] | None = None,
+    subset: str | None = None,
+    annotations: Truth | str | Path | None = None,
+    device: str | None = None,
+    batch_videos: int = 1,
+    postprocess: PostprocessRecipe | None = None,
+    raw_out: str | Path | None = None,
+    failures: list[Failure] | None = None,
+    progress: ProgressFactory | None = None,
+) -> pd.DataFrame:
+    """Find segments in stored features.
+
+    Parameters
+    ----------
+    run : a training's folder, or what ``Run.load`` made of it.
+    store : the features; their streams must be those that the run was trained on, by fingerprint.
+    videos : ids; by default all that the store has in any of the run's streams.
+    subset : only the videos of this subset of ``annotations``.
+    device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
+    batch_videos : videos a forward pass; the result does not depend on it.
+    postprocess : suppression; by default the run's.
+    raw_out : also write what the network found before suppression to this ``.npz``, for :func:`resuppress`.
+    failures : a list that receives a :class:`Failure` for every video that could not be used; they are logged as well.
+
+    Returns
+    -------
+    A table video, start_s, end_s, label, score, sorted by video, then falling score.
+
+    Raises
+    ------
+    StoreError : a stream is missing or was made with another recipe, or the store has none of the videos.
+    RecipeError, WeightsError : the run cannot be loaded; arguments that do not fit together.
+    AnnotationError : an unknown subset.
+    """
+    run = run if isinstance(run, Run) else Run.load(run)
+    if isinstance(store, (str, Path)):
+        with open_store(store) as opened:
+            return detect(
+                run=run, store=opened, videos=videos, subset=subset, annotations=annotations, device=device,
+                batch_videos=batch_videos, postprocess=postprocess, raw_out=raw_out, failures=failures, progress=progress,
+            )  # fmt: skip
+    if batch_videos < 1:
+        raise RecipeError(f"batch_videos must be at least 1, got {batch_videos}")
+    raw_path = None if raw_out is None else _raw_path(raw_out)
+    check_same_features(run, store)
+    chosen = pick_device(device)
+    detector = run.build(device=chosen)
+    check_needs(detector.needs, detector=run.recipe.detector)
+    present, failed = _wanted(run, store, videos, subset, annotations)
+
+    def lost(failure: Failure) -> None:
+        logger.warning("%s", failure)
+        failed.append(failure)
+
+    for failure in failed:
+        logger.warning("%s", failure)
+    raw: list[Segments] = []
+    with (progress or silent)(len(present), "detect", "videos") as bar:
+        samples = readable(store, detector.needs, present, row_spacing=run.recipe.data.row_spacing, lost=lost)
+        for found in decoded(detector, samples, device=chosen, batch_videos=batch_videos):
+            bar.advance(1)
+            if _finite(found):
+                raw.append(found)
+            else:
+                lost(Failure(found.video, "RecipeError", "the network's output is not finite; was its training stable?"))
+    if raw_path is not None:
+        save_raw(raw_path, raw, classes=run.classes)
+    if failures is not None:
+        failures.extend(failed)
+    return suppressed_table(raw, postprocess or run.recipe.postprocess, run.classes)
+
+
+def resuppress(raw: str | Path, postprocess: PostprocessRecipe) -> pd.DataFrame:
+    """The table that :func:`detect` would return with this suppression, from its ``raw_out`` file, without the network."""
+    segments, classes = load_raw(raw)
+    return suppressed_table(segments, postprocess, classes)
+
+
+def check_same_features(run: Run, store: Store) -> None:
+    """Raise :class:`StoreError` unless the store's streams were made exactly as those that the run was trained on."""
+    check_streams(store, list(run.features))
+    for stream, known in run.features.items():
+        attrs = store.stream_attrs(stream)
+        if attrs["fingerprint"] != known["fingerprint"]:
+            differences = describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
+            raise StoreError(
+                f"run {run.path} was trained on other features than stream '{stream}' of store {store.path} holds: "
+                f"{differences}. Extract the stream again as it was, or train again on this store"
+            )
+
+
+def readable(
+    store: Store, needs: Sequence[LevelSpec], videos: Iterable[str], *, row_spacing: int, lost: Callable[[Failure], None]
+) -> Iterator[Sample]:
+    """Samples of the videos that can be read; ``lost`` is called with a :class:`Failure` for each of the others."""
+    for video in videos:
+        try:
+            yield read_sample(store, needs, video, row_spacing=row_spacing)
+        except StoreError as error:
+            lost(Failure(video, type(error).__name__, str(error)))
+
+
+@torch.inference_mode()
+def decoded(
+    detector: Detector, samples: Iterable[Sample], *, device: torch.device, batch_videos: int
+) -> Iterator[Segments]:
+    """What the network finds in whole videos, before suppression: float32 on the CPU, one :class:`Segments` a sample."""
+    samples = iter(samples)
+    while group := list(islice(samples, batch_videos)):
+        batch = collate(group)
+        if batch is None:
+            return
+        batch = batch.to(device)
+        for found in detector.decode(detector(batch), batch):
+            yield Segments(
+                found.video,
+                found.segments_s.float().cpu(),
+                found.labels.long().cpu(),
+                found.scores.float().cpu(),
+                {name: value.float().cpu() for name, value in found.extra.items()},
+            )
+
+
+def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, classes: Sequence[str]) -> pd.DataFrame:
+    """Segments of many videos after suppression, as a table of predictions."""
+    kept = [suppress(segments, postprocess) for segments in raw]
+    names = np.array(classes, dtype=object)
+    segments_s = _joined([s.segments_s for s in kept], torch.zeros(0, 2)).numpy().astype(np.float64)  # (N, 2)
+    table = pd.DataFrame(
+        {
+            "video": [s.video for s in kept for _ in range(len(s))],
+            "start_s": segments_s[:, 0],
+            "end_s": segments_s[:, 1],
+            "label": names[_joined([s.labels for s in kept], torch.zeros(0, dtype=torch.int64)).numpy()],
+            "score": _joined([s.scores for s in kept], torch.zeros(0)).numpy().astype(np.float64),
+        },
+        columns=COLUMNS,
+    )
+    return table.sort_values(["video", "score"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+# ---- what the network found, on disk -----------------------------------------------------------------------------------
+def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> None:
+    """Write decoded segments as one ``.npz``: ``videos``, ``classes`` (names), ``video`` (N,) index, ``segments`` (N, 2) seconds,
+    ``labels`` (N,), ``scores`` (N,), and ``extra/<name>`` of what all videos have."""
+    extras = set.intersection(*[set(s.extra) for s in raw]) if raw else set()
+    arrays = {
+        "videos": np.array([s.video for s in raw], dtype=str),
+        "classes": np.array(classes, dtype=str),
+        "video": np.repeat(np.arange(len(raw), dtype=np.int32), [len(s) for s in raw]),
+        "segments": _joined([s.segments_s for s in raw], torch.zeros(0, 2)).numpy(),
+        "labels": _joined([s.labels for s in raw], torch.zeros(0, dtype=torch.int64)).numpy().astype(np.int32),
+        "scores": _joined([s.scores for s in raw], torch.zeros(0)).numpy(),
+        **{f"extra/{name}": torch.cat([s.extra[name] for s in raw]).numpy() for name in sorted(extras)},
+    }
+    write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
+    """Decoded segments by video, and the classes. Raises :class:`RecipeError` when the file is not one of ours."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+        videos, classes = data["videos"].tolist(), data["classes"].tolist()
+        bounds = np.searchsorted(data["video"], np.arange(len(videos) + 1))
+        tensors = {name: torch.from_numpy(data[name]) for name in data if name not in ("videos", "classes", "video")}
+        result = []
+        for index, video in enumerate(videos):
+            part = {name: value[bounds[index] : bounds[index + 1]] for name, value in tensors.items()}
+            segments, labels, scores = part.pop("segments"), part.pop("labels").long(), part.pop("scores")
+            extra = {name.removeprefix("extra/"): value for name, value in part.items()}
+            result.append(Segments(video, segments, labels, scores, extra))
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)") from error
+    return result, classes
+
+
+def _raw_path(raw_out: str | Path) -> Path:
+    path = Path(raw_out)
+    if path.suffix != ".npz":
+        raise RecipeError(f"raw_out {path} must end in .npz")
+    return path
+
+
+def _wanted(
+    run: Run,
+    store: Store,
+    videos: Sequence[str] | None,
+    subset: str | None,
+    annotations: Truth | str | Path | None,
+) -> tuple[list[str], list[Failure]]:
+    have = {stream: set(store.videos(stream)) for stream in run.features}
+    if subset is not None:
+        if annotations is None:
+            raise RecipeError(f"subset '{subset}' is a name of the annotations: give annotations as well")
+        truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
+        listed = set(map(str, truth.subset(subset).videos["video"]))
+        wanted = sorted(listed if videos is None else listed & set(videos))
+        source = f"subset '{subset}'"
+    elif videos is not None:
+        wanted, source = list(dict.fromkeys(videos)), "the call"
+    else:
+        wanted, source = sorted(set().union(*have.values())), "the store"
+    present, failed = with_features(wanted, have)
+    if wanted and not present:
+        raise StoreError(no_video_message(wanted, have, store, source))
+    return present, failed
+
+
+def _finite(found: Segments) -> bool:
+    return bool(torch.isfinite(found.segments_s).all()) and bool(torch.isfinite(found.scores).all())
+
+
+def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat([empty, *parts])
+

@@ -1,0 +1,291 @@
+"""Suppression of overlapping detections: NMS, soft-NMS and its variants, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tad.detect.interface import Segments
+from tad.detect.segments import paired_tiou, segment_tiou
+from tad.recipe import PostprocessRecipe
+
+Decay = Literal["gaussian", "linear", "hard"]
+BLOCK = 256  # candidates that one step of nms() settles together: pairs cost BLOCK x N, steps N / BLOCK
+SIDE_BY_SIDE = 2**16  # candidates, padding included, that one pass of soft_nms() works on when there are many labels
+TABLE = 2**19  # up to this many pairs soft_nms() computes all decay ahead; above that, of the segments put out only
+
+
+def nms(
+    segments: Tensor,
+    scores: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tiou: float = 0.7,
+    max_segments: int | None = None,
+) -> Tensor:
+    """Greedy non-maximum suppression: the best-scored segment stays and removes every other one with tIoU ≥ ``tiou``.
+
+    Parameters
+    ----------
+    segments : (N, 2) start and end, any unit.
+    scores : (N,); equal scores rank by their place in the input.
+    labels : (N,) integers; a segment then removes only segments of its own label. None: all of them.
+    max_segments : keep at most this many, over all labels.
+
+    Returns
+    -------
+    (K,) int64 indices of what stays, by falling score: exactly the greedy result.
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, NaN scores, segments that are not finite.
+    """
+    segments, scores = _checked(segments, scores, labels)
+    order = torch.argsort(scores, descending=True, stable=True)  # (N,)
+    if labels is not None:  # label by label, each by falling score: a block then compares little but its own label
+        order = order[torch.argsort(labels[order], stable=True)]
+    kept = order[_greedy(segments[order], None if labels is None else labels[order], tiou, max_segments)]
+    if labels is not None:
+        kept = _by_score(kept, scores)
+    return kept[:max_segments]
+
+
+def _by_score(indices: Tensor, scores: Tensor) -> Tensor:
+    indices = indices.sort().values
+    return indices[torch.argsort(scores[indices], descending=True, stable=True)]
+
+
+def _greedy(segments: Tensor, labels: Tensor | None, tiou: float, limit: int | None) -> Tensor:
+    """Positions that greedy NMS keeps of ``segments`` (N, 2), sorted by (label, falling score)."""
+    alive = torch.arange(len(segments), device=segments.device)
+    kept: list[Tensor] = []
+    count = 0
+    while len(alive) and (limit is None or labels is not None or count < limit):
+        head, tail = alive[:BLOCK], alive[BLOCK:]
+        rivals = segment_tiou(segments[head], segments[head]) >= tiou
+        if labels is not None:
+            rivals &= labels[head][:, None] == labels[head]
+        keep = head[_settled(rivals.triu(1))]
+        kept.append(keep)
+        count += len(keep)
+        if labels is None:
+            alive = tail[~(segment_tiou(segments[keep], segments[tail]) >= tiou).any(0)]
+        elif len(tail):  # only the head's last label goes on into the tail, which begins with it
+            last = labels[head[-1]]
+            stop = int(torch.searchsorted(labels[tail], last, right=True))
+            rest, keep = tail[:stop], keep[labels[keep] == last]
+            rest = rest[~(segment_tiou(segments[keep], segments[rest]) >= tiou).any(0)]
+            alive = torch.cat((rest, tail[stop:]))
+        else:
+            alive = tail
+    return torch.cat(kept) if kept else alive
+
+
+def _settled(removes: Tensor) -> Tensor:
+    """(n,) bool: who stays, given ``removes`` (n, n), whose row i says whom i removes (later ones only) if i stays itself.
+
+    Iterates ``stays = nobody who stays removes me`` from all-stay; after k rounds the first k are final, so the fixed point is
+    the greedy result, and it is mostly reached after a handful of rounds.
+    """
+    stays = torch.ones(len(removes), dtype=torch.bool, device=removes.device)
+    while True:
+        settled = ~(removes & stays[:, None]).any(0)
+        if torch.equal(settled, stays):
+            return stays
+        stays = settled
+
+
+def soft_nms(
+    segments: Tensor,
+    scores: Tensor,
+    labels: Tensor | None = None,
+    *,
+    method: Decay = "gaussian",
+    sigma: float = 0.5,
+    tiou: float = 0.0,
+    tiou_high: float | None = None,
+    duration: float = 1.0,
+    power: float = 2.0,
+    min_score: float = 0.0,
+    max_segments: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS (Bodla et al., 2017): the best remaining segment is put out, then the scores of its rivals fall; repeat.
+
+    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is multiplied by
+    ``exp(-tIoU ** power / sigma)`` (``gaussian``), by ``1 - tIoU`` (``linear``), or it is removed (``hard``).
+
+    Parameters
+    ----------
+    segments : (N, 2) start and end, any unit.
+    scores : (N,), not negative; equal scores rank by their place in the input.
+    labels : (N,) integers, or None.
+    tiou, tiou_high : the threshold is ``tiou``; with ``tiou_high`` it grows with the width of the segment put out:
+        ``tiou + (tiou_high - tiou) * width / duration`` (BMN: 0.5 and 0.9 on normalised segments; as the slope that other
+        code asks for, ``tiou_high - tiou``).
+    duration : the width that counts as 1 for ``tiou_high``.
+    power : of the tIoU in ``gaussian``; 2 everywhere but in TCANet, which has 2.5.
+    min_score : what falls below is dropped.
+    max_segments : put out at most this many, over all labels.
+
+    Returns
+    -------
+    (K,) int64 indices by falling new score, and (K,) the new scores.
+
+    Raises
+    ------
+    ValueError : shapes that do not fit, NaN or negative scores, segments that are not finite, an unknown ``method``.
+    """
+    if method not in ("gaussian", "linear", "hard"):
+        raise ValueError(f"soft_nms: method must be 'gaussian', 'linear' or 'hard', got {method!r}")
+    segments, scores = _checked(segments, scores, labels)
+    if len(scores) and bool((scores < 0).any()):
+        raise ValueError("soft_nms: scores must not be negative, since decay is a factor; pass probabilities, not logits")
+
+    def decay(top: Tensor, others: Tensor) -> Tensor:  # (..., 2), (..., 2) -> (...,) factors
+        overlap = paired_tiou(top, others)
+        threshold: float | Tensor = tiou
+        if tiou_high is not None:
+            threshold = tiou + (tiou_high - tiou) * (top[..., 1] - top[..., 0]) / duration
+        if method == "gaussian":
+            factor = torch.exp(-overlap.square() / sigma if power == 2 else -overlap.pow(power) / sigma)
+        elif method == "linear":
+            factor = 1 - overlap
+        else:
+            factor = torch.zeros_like(overlap)
+        if method != "hard" and tiou_high is None and tiou <= 0:
+            return factor  # where nothing overlaps, it is 1 anyway
+        return torch.where(overlap >= threshold, factor, 1.0)
+
+    min_score = max(min_score, 0.0)
+    candidates = torch.nonzero(scores >= min_score).squeeze(1)
+    candidates = candidates[torch.argsort(scores[candidates], descending=True, stable=True)]
+    found = []
+    for group in _groups(candidates, labels):  # (G, n) indices, -1 = padding
+        real = group >= 0
+        padded = group.clamp(min=0)
+        current = torch.where(real, scores[padded], -1.0)
+        limit = group.shape[1] if max_segments is None else min(max_segments, group.shape[1])
+        places, values = _decayed(
+            segments[padded], current, decay, limit=limit, min_score=min_score, removes=method == "hard"
+        )
+        out = values >= min_score
+        found.append((padded.gather(1, places)[out], values[out]))
+    if not found:
+        return candidates, scores[candidates]
+    indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = torch.argsort(indices)  # so that equal new scores rank by their place in the input
+    order = order[torch.argsort(values[order], descending=True, stable=True)][:max_segments]
+    return indices[order], values[order]
+
+
+def _groups(candidates: Tensor, labels: Tensor | None) -> list[Tensor]:
+    """``candidates`` (N,), by falling score, as (G, n) index tables, one row a label, padded with -1; large labels first."""
+    if len(candidates) == 0:
+        return []
+    if labels is None:
+        return [candidates[None]]
+    by_label = candidates[torch.argsort(labels[candidates], stable=True)]
+    sizes = torch.unique_consecutive(labels[by_label], return_counts=True)[1].tolist()
+    parts = sorted(by_label.split(sizes), key=len, reverse=True)
+    tables = []
+    while parts:
+        take = max(1, SIDE_BY_SIDE // len(parts[0]))
+        tables.append(nn.utils.rnn.pad_sequence(parts[:take], batch_first=True, padding_value=-1))
+        parts = parts[take:]
+    return tables
+
+
+def _decayed(
+    segments: Tensor,
+    scores: Tensor,
+    decay: Callable[[Tensor, Tensor], Tensor],
+    *,
+    limit: int,
+    min_score: float,
+    removes: bool,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS of G independent groups side by side: places (G, steps) in the order put out, and their scores then.
+
+    ``segments`` (G, n, 2); ``scores`` (G, n), negative where there is none; a step without candidate has a score below
+    ``min_score``.
+    """
+    groups, size = scores.shape
+    segments = segments.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # starts and ends contiguous each: twice as fast
+    rows = torch.arange(groups, device=scores.device)
+    columns = torch.arange(size, device=scores.device).expand(groups, size)
+    table = decay(segments[:, :, None], segments[:, None]) if groups * size * size <= TABLE else None  # (G, n, n)
+    gone = scores < 0
+    places, values = [], []
+    for step in range(limit):
+        best, at = scores.max(1)  # (G,)
+        if not bool((best >= min_score).any()):
+            break
+        places.append(columns[rows, at])
+        values.append(best)
+        gone[rows, at] = True
+        factor = table[rows, at] if table is not None else decay(segments[rows, at][:, None], segments)  # (G, n)
+        if removes:
+            gone |= factor == 0
+        scores = (scores * factor).masked_fill_(gone, -1.0)
+        if table is None and step % 32 == 31:  # leave out what is gone or too low for good
+            stays = scores >= min_score
+            width = int(stays.sum(1).max())
+            if width < 0.8 * scores.shape[1]:
+                left = torch.argsort(~stays, dim=1, stable=True)[:, :width]
+                columns, gone, scores = columns.gather(1, left), gone.gather(1, left), scores.gather(1, left)
+                segments = segments.gather(1, left[..., None].expand(-1, -1, 2))
+                if width == 0:
+                    break
+    if not places:
+        return columns[:, :0], scores[:, :0]
+    return torch.stack(places, 1), torch.stack(values, 1)
+
+
+def _checked(segments: Tensor, scores: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in one floating dtype of at least 32 bits, or :class:`ValueError`."""
+    count = len(scores)
+    if scores.ndim != 1 or segments.shape != (count, 2) or (labels is not None and labels.shape != (count,)):
+        shapes = f"segments {tuple(segments.shape)}, scores {tuple(scores.shape)}"
+        shapes += "" if labels is None else f", labels {tuple(labels.shape)}"
+        raise ValueError(f"suppression needs segments (N, 2), scores (N,) and labels (N,), got {shapes}")
+    if not bool(torch.isfinite(segments).all()) or bool(torch.isnan(scores).any()):
+        raise ValueError("suppression got NaN or infinite values: the detector has diverged, or its features hold NaN")
+    dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
+    return segments.to(dtype), scores.to(dtype)
+
+
+def suppress(segments: Segments, recipe: PostprocessRecipe) -> Segments:
+    """``segments`` of one video after ``recipe``: lowest scores out, best ``pre_topk``, suppression, best ``max_segments``.
+
+    ``soft_nms`` is the Gaussian one with ``recipe.sigma`` on every overlap (``recipe.tiou`` belongs to ``nms``); per label
+    unless ``recipe.class_agnostic``. The result is sorted by falling score and keeps ``extra``.
+    """
+    keep = torch.nonzero(segments.scores >= recipe.min_score).squeeze(1)
+    keep = keep[torch.argsort(segments.scores[keep], descending=True, stable=True)][: recipe.pre_topk]
+    scores = segments.scores[keep]
+    labels = None if recipe.class_agnostic else segments.labels[keep]
+    if recipe.method == "nms":
+        chosen = nms(segments.segments_s[keep], scores, labels, tiou=recipe.tiou, max_segments=recipe.max_segments)
+        scores = scores[chosen]
+    elif recipe.method == "soft_nms":
+        chosen, scores = soft_nms(
+            segments.segments_s[keep],
+            scores,
+            labels,
+            sigma=recipe.sigma,
+            min_score=recipe.min_score,
+            max_segments=recipe.max_segments,
+        )
+    else:
+        chosen, scores = torch.arange(len(keep), device=keep.device)[: recipe.max_segments], scores[: recipe.max_segments]
+    keep = keep[chosen]
+    return Segments(
+        segments.video,
+        segments.segments_s[keep],
+        segments.labels[keep],
+        scores,
+        {name: value[keep] for name, value in segments.extra.items()},
+    )

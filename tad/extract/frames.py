@@ -1,0 +1,150 @@
+"""The producer: one thread that decodes videos one after the other and hands over uint8 frames through a bounded
+queue.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tad.errors import VideoError
+from tad.extract.flow import FlowEstimator, FlowStream
+from tad.extract.inputs import VideoFile
+from tad.extract.video import FrameReader, Geometry, Plan, VideoInfo, crop
+
+
+@dataclass
+class Begin:
+    """A video was opened."""
+
+    file: VideoFile
+    info: VideoInfo
+    fps: float
+
+
+@dataclass
+class Frames:
+    """The next ``count`` frames of the current video, (n, H, W, C) uint8 after the crop; flow by estimator's name,
+    one frame late.
+    """
+
+    count: int
+    rgb: np.ndarray | None
+    flow: dict[str, np.ndarray]
+
+
+@dataclass
+class End:
+    """The current video is complete."""
+
+    frames: int
+    duration_s: float
+    decode_s: float
+    flow_s: float
+    attrs: dict[str, object]
+
+
+@dataclass
+class Failed:
+    """The current video is given up."""
+
+    file: VideoFile
+    error: Exception
+
+
+Item = Begin | Frames | End | Failed
+
+
+def read_videos(
+    files: Sequence[VideoFile],
+    *,
+    fps: float | None,
+    geometry: Geometry,
+    rgb: bool,
+    flows: Sequence[FlowEstimator],
+    chunk_frames: int = 32,
+) -> Generator[Item, None, None]:
+    """Decode ``files`` in a thread of its own, at most a few chunks ahead; flow is estimated there as well, once a
+    pair.
+
+    A video that fails becomes a :class:`Failed` item, whatever the reason; the next one follows.
+    """
+    items: queue.Queue[Item | None] = queue.Queue(maxsize=4)
+    stop = threading.Event()
+
+    def put(item: Item | None) -> None:
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def produce() -> None:
+        try:
+            for file in files:
+                try:
+                    for item in _read(
+                        file, fps=fps, geometry=geometry, rgb=rgb, flows=flows, chunk_frames=chunk_frames
+                    ):
+                        put(item)
+                except _Stopped:
+                    raise
+                except Exception as error:  # noqa: BLE001 - one bad video never stops a run; the consumer reports it
+                    put(Failed(file, error))
+            put(None)
+        except _Stopped:
+            pass
+
+    thread = threading.Thread(target=produce, name="tad-decode", daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not None:
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+
+
+class _Stopped(Exception):
+    """The consumer has gone."""
+
+
+def _read(
+    file: VideoFile,
+    *,
+    fps: float | None,
+    geometry: Geometry,
+    rgb: bool,
+    flows: Sequence[FlowEstimator],
+    chunk_frames: int,
+) -> Iterator[Item]:
+    streams = {flow.name: FlowStream(flow) for flow in flows}
+    with FrameReader(file.path, fps=fps, geometry=geometry, chunk_frames=chunk_frames) as reader:
+        yield Begin(file, reader.info, reader.fps)
+        for frames in reader:  # (n, H, W, 3)
+            flow = {name: _cut(stream.push(frames), reader.plan) for name, stream in streams.items()}
+            yield Frames(len(frames), _cut(frames, reader.plan) if rgb else None, flow)
+        if reader.frames == 0:
+            raise VideoError(f"{file.path}: no frame could be decoded; check the file with ffprobe or a player")
+        if streams:
+            yield Frames(0, None, {name: _cut(stream.finish(), reader.plan) for name, stream in streams.items()})
+        attrs: dict[str, object] = {
+            "decoder": reader.info.decoder,
+            "codec": reader.info.codec,
+            "size": [reader.info.height, reader.info.width],
+            "rotation_degrees": reader.info.rotation_degrees,
+            "frames_decoded": reader.decoded,
+            "timestamps": reader.timestamps,
+            "truncated": reader.truncated,
+        }
+        flow_s = sum(stream.flow_s for stream in streams.values())
+        yield End(reader.frames, reader.duration_s, reader.decode_s, flow_s, attrs)
+
+
+def _cut(frames: np.ndarray, plan: Plan) -> np.ndarray:
+    return np.ascontiguousarray(crop(frames, plan))

@@ -1,0 +1,148 @@
+"""What ``tad extract`` says: the plan before it starts, and what it did at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tad.errors import RecipeError, StoreError
+from tad.extract.inputs import find_videos
+from tad.extract.pipeline import ExtractReport, Failure, plan_work, resolve_all
+from tad.extract.snippets import LevelTiler
+from tad.extract.streams import Stream, expand
+from tad.progress import duration_text
+from tad.recipe import ExtractRecipe
+from tad.store import open_store
+
+
+def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping[str, Any]) -> list[ExtractRecipe]:
+    """One recipe a backbone; ``weights`` holds one for all (``random``), one each in order, or ``BACKBONE=FILE``.
+
+    Values that only some networks understand (``flow``) are given to those alone.
+
+    Raises
+    ------
+    RecipeError : unknown backbones, or weights that cannot be assigned.
+    """
+    from tad.extract.backbones import SPECS
+
+    names = expand(backbones)
+    named = dict(item.split("=", 1) for item in weights if item.split("=", 1)[0] in names)
+    rest = [item for item in weights if item.split("=", 1)[0] not in named]
+    unnamed = [name for name in names if name not in named]
+    if len(rest) == 1 and rest[0].startswith("random"):
+        rest = rest * len(unnamed)
+    if rest and len(rest) != len(unnamed):
+        raise RecipeError(
+            f"{len(rest)} --weights for {len(unnamed)} backbones ({', '.join(unnamed)}): give one each, in this order, "
+            "or as BACKBONE=FILE"
+        )
+    chosen = {**named, **dict(zip(unnamed, rest, strict=False))}
+    if values.get("flow") is not None and all(SPECS[name].modality == "rgb" for name in names):
+        raise RecipeError(f"--flow {values['flow']}: none of {', '.join(names)} reads optical flow")
+    recipes = []
+    for name in names:
+        own = {k: v for k, v in values.items() if k != "flow" or SPECS[name].modality == "flow"}
+        recipes.append(ExtractRecipe(backbone=name, weights=chosen.get(name), **own))
+    return recipes
+
+
+def dry_run(
+    videos: Sequence[str | Path],
+    *,
+    store: str,
+    recipes: Sequence[ExtractRecipe],
+    names: Sequence[str] | None = None,
+    format: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What ``extract`` would do, without writing anything: an item a missing entry, from the files' headers.
+
+    Returns
+    -------
+    dict with ``entries`` (stream, video, level, rows, channels, bytes), ``already``, ``failures``, ``video_s``,
+    ``bytes``.
+
+    Raises
+    ------
+    StoreError : a stream of this name exists and was made with another recipe.
+    """
+    streams = resolve_all(recipes, names=names, device="cpu")
+    files = find_videos(videos)
+    report = ExtractReport()
+    try:
+        opened = open_store(store, "r", format=format)  # type: ignore[arg-type]
+    except StoreError:
+        groups = plan_work(files, streams, None, report, overwrite=overwrite)
+    else:
+        with opened:
+            for stream in streams:
+                if stream.name in opened.streams():
+                    opened.check_stream(stream.name, stream.spec)
+            groups = plan_work(files, streams, opened, report, overwrite=overwrite)
+    work = [item for group in groups.values() for item in group]
+    entries = []
+    for file, members, info in work:
+        for stream in members:
+            frames = max(1, round((info.header_duration_s or 0.0) * (stream.fps or info.fps)))
+            entries += [{"stream": stream.name, "video": file.video, **level} for level in _levels(stream, frames)]
+    return {
+        "entries": entries,
+        "already": report.already,
+        "failures": [failure.__dict__ for failure in report.failures],
+        "video_s": sum(info.header_duration_s or 0.0 for _, _, info in work),
+        "bytes": sum(entry["bytes"] for entry in entries),
+    }
+
+
+def _levels(stream: Stream, frames: int) -> list[dict[str, Any]]:
+    spec = stream.backbone.spec
+    shapes = {"features": (stream.plan.rows(frames), spec.width)}
+    for level, stride in stream.levels.items():
+        positions = -(-frames // LevelTiler(stream.plan, stride).step_frames)
+        shapes[level] = (positions, spec.levels[level].channels)
+    return [
+        {"level": k, "rows": rows, "channels": width, "bytes": 4 * rows * width} for k, (rows, width) in shapes.items()
+    ]
+
+
+def dry_run_lines(plan: Mapping[str, Any], *, limit: int = 5) -> list[str]:
+    """A plan as text: the first entries, then the sums."""
+    entries = plan["entries"]
+    lines = [
+        f"{e['stream']}/{e['video']}/{e['level']}: {e['rows']} rows x {e['channels']}, {e['bytes'] / 2**20:.2f} MiB"
+        for e in entries[:limit]
+    ]
+    if len(entries) > limit:
+        lines.append(f"… and {len(entries) - limit} more (--json lists all)")
+    lines += [f"cannot be read: {failure['message']}" for failure in plan["failures"]]
+    lines.append(
+        f"would write {len(entries)} arrays, {plan['bytes'] / 2**20:.1f} MiB, from {plan['video_s']:.1f} s of video; "
+        f"{plan['already']} entries are there already"
+    )
+    return lines
+
+
+def report_lines(report: ExtractReport) -> list[str]:
+    """What a run did, its speed, and where the time went."""
+    if not report.written and not report.failures:
+        return [f"nothing to do: all {report.already} entries are there already"]
+    lines = [
+        f"{report.written} entries written ({report.rows} rows), {report.already} already there, "
+        f"{len(report.failures)} videos failed"
+    ]
+    if report.wall_s > 0 and report.written:
+        lines.append(
+            f"{report.video_s:.1f} s of video in {duration_text(report.wall_s)} ({report.wall_s:.2f} s): "
+            f"{report.video_s / report.wall_s:.2f} s of video a second"
+        )
+        parts = {"decode": report.decode_s, "flow": report.flow_s, "network": report.network_s, "write": report.write_s}
+        split = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+        lines.append(f"time by part: {split} (decode and flow run beside the network)")
+    return lines
+
+
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """One line a failure."""
+    return [f"failed: {failure}" for failure in failures]

@@ -1,0 +1,153 @@
+"""A stream to extract: the recipe with every default filled in, the backbone behind it, and what the store records
+of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tad._version import __version__
+from tad.errors import RecipeError, WeightsError, did_you_mean
+from tad.extract.backbones import BACKBONES, GROUPS, build_backbone
+from tad.extract.backbones.base import Backbone
+from tad.extract.flow import FlowEstimator, build_flow
+from tad.extract.snippets import SnippetPlan
+from tad.extract.video import Geometry
+from tad.recipe import ExtractRecipe
+
+# Raised whenever the same recipe would give other numbers than before; it is part of the fingerprint, the version of
+# tad is not,
+# so that an upgrade which changes nothing does not orphan a store.
+EXTRACTOR = 1
+AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one run extracts under one name."""
+
+    name: str
+    recipe: ExtractRecipe
+    backbone: Backbone
+    plan: SnippetPlan
+    geometry: Geometry
+    fps: float | None
+    flow: FlowEstimator | None
+    levels: dict[str, int]  # level -> frames a position
+    spec: dict[str, Any]
+    info: dict[str, Any]
+
+    def run(self, windows: Tensor) -> dict[str, Tensor]:
+        """uint8 windows (B, T, H, W, C) → ``features`` (B, D) and, if asked for, levels (B, C, T'), float32 on the
+        CPU.
+        """
+        dtype = AUTOCAST[self.recipe.precision]
+        clips = self.backbone.normalise(windows.permute(0, 4, 1, 2, 3))  # (B, C, T, H, W)
+        with torch.autocast(clips.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            outputs = self.backbone(clips, levels=bool(self.levels))
+        rows = {"features": outputs["features"]}
+        rows |= {level: outputs[level].float().mean(dim=(-2, -1)) for level in self.levels}  # (B, C, T')
+        return {name: value.float().cpu() for name, value in rows.items()}
+
+
+def expand(backbones: Sequence[str]) -> list[str]:
+    """Backbone names with groups (``i3d`` = ``i3d-rgb`` and ``i3d-flow``) spelt out."""
+    names: list[str] = []
+    for name in backbones:
+        members = GROUPS.get(name, (name,))
+        for member in members:
+            if member not in BACKBONES:
+                raise RecipeError(f"unknown backbone '{member}'.{did_you_mean(member, [*BACKBONES, *GROUPS])}")
+        names.extend(member for member in members if member not in names)
+    return names
+
+
+def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.device | str = "cpu") -> Stream:
+    """Fill a recipe's gaps from what the backbone declares, load the backbone onto ``device``, write down the spec.
+
+    Raises
+    ------
+    RecipeError : windows that do not fit the network or the levels, another size than the network admits, flow for
+    an RGB network.
+    WeightsError : no weights given, or a checkpoint that does not fit.
+    """
+    if recipe.backbone not in BACKBONES:
+        raise RecipeError(f"unknown backbone '{recipe.backbone}'.{did_you_mean(recipe.backbone, BACKBONES)}")
+    if recipe.weights is None:
+        raise WeightsError(
+            f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE (docs/backbones.md names public "
+            "ones), or say --weights random for features of an untrained network"
+        )
+    backbone = build_backbone(recipe.backbone, weights=recipe.weights).eval().to(device)
+    spec = backbone.spec
+    plan = SnippetPlan(recipe.window or spec.window, recipe.interval or spec.interval, recipe.stride or spec.stride)
+    if plan.window < spec.min_frames:
+        raise RecipeError(f"{spec.name} needs windows of at least {spec.min_frames} frames, got --window {plan.window}")
+    crop = None if recipe.crop == "full" else (recipe.crop or spec.crop)
+    if not spec.any_size and crop != spec.crop:
+        raise RecipeError(f"{spec.name} takes frames of {spec.crop[0]}x{spec.crop[1]} only, got --crop {recipe.crop}")
+    if recipe.flow is not None and spec.modality == "rgb":
+        raise RecipeError(f"--flow {recipe.flow}: {spec.name} reads RGB frames, not optical flow")
+    levels = {level: info.stride for level, info in spec.levels.items()} if recipe.levels else {}
+    if recipe.levels and not levels:
+        raise RecipeError(f"{spec.name} has no stage outputs to store as levels")
+    for level, stride in levels.items():
+        plan.check_level(level, stride)
+    flow = build_flow(recipe.flow or "dis") if spec.modality == "flow" else None
+    short_side = recipe.short_side or spec.short_side
+    variant = getattr(backbone, "variant", None)
+    described: dict[str, Any] = {
+        "backbone": spec.name,
+        "variant": variant,
+        "weights": backbone.weights_id,
+        "fps": recipe.fps,
+        "window": plan.window,
+        "interval": plan.interval,
+        "stride": plan.stride,
+        "short_side": short_side,
+        "crop": "full" if crop is None else list(crop),
+        "flow": None if flow is None else {"name": flow.name, **flow.params},
+        "levels": levels,
+        "precision": recipe.precision,
+        "preprocessing": {"value_range": list(spec.value_range), "mean": list(spec.mean), "std": list(spec.std)},
+        "extractor": EXTRACTOR,
+    }
+    source = recipe.weights if recipe.weights.startswith("random") else str(Path(recipe.weights).resolve())
+    info = {"weights_source": source, "tad_version": __version__}
+    geometry = Geometry(short_side, crop)
+    return Stream(name or spec.name, recipe, backbone, plan, geometry, recipe.fps, flow, levels, described, info)
+
+
+def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
+    """The recipe that makes a stream of this stored ``spec`` again; ``weights`` is where its checkpoint lies.
+
+    Raises
+    ------
+    RecipeError : the stream was imported, or made by a tad whose extraction gives other numbers.
+    """
+    if spec.get("imported"):
+        raise RecipeError("the stream was imported from files, tad cannot extract it from a video")
+    if spec.get("extractor") != EXTRACTOR:
+        raise RecipeError(
+            f"the stream was made by extractor {spec.get('extractor')}, this tad has {EXTRACTOR}: extract it again"
+        )
+    flow = spec["flow"]
+    return ExtractRecipe(
+        backbone=spec["backbone"],
+        weights=weights,
+        window=spec["window"],
+        interval=spec["interval"],
+        stride=spec["stride"],
+        fps=spec["fps"],
+        short_side=spec["short_side"],
+        crop=spec["crop"] if spec["crop"] == "full" else tuple(spec["crop"]),
+        flow=None if flow is None else flow["name"],
+        levels=bool(spec["levels"]),
+        precision=spec["precision"],
+    )
