@@ -1,7 +1,10 @@
-"""``python -m benchmarks.extract``: the whole of ``tad extract`` against the network's bare forward passes on the same windows.
+"""``python -m benchmarks.extract``: the whole of ``tad extract`` against the network's bare forward passes on the
+same windows.
 
-A synthetic file is extracted into a store (decoding, flow, windows, normalisation, network, writing). Then the same windows,
-already normalised in memory, go through the same network, and only that is timed. The ratio of the two is what the pipeline costs.
+A synthetic file is extracted into a store (decoding, flow, windows, normalisation, network, writing). Then the same
+windows,
+already normalised in memory, go through the same network, and only that is timed. The ratio of the two is what the
+pipeline costs.
 Both are repeated alternately and the best of each counts, since other load only ever adds time.
 """
 

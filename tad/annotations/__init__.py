@@ -6,10 +6,11 @@ Segments are rows ``video, start_s, end_s, label`` (predictions add ``score``); 
 """
 
 from tad.annotations._predictions import check_segments, read_predictions, write_predictions
-from tad.annotations._truth import Truth, read_annotations, read_truth, read_videos
+from tad.annotations._truth import Truth, canonical_subset, read_annotations, read_truth, read_videos
 
 __all__ = [
     "Truth",
+    "canonical_subset",
     "check_segments",
     "read_annotations",
     "read_predictions",

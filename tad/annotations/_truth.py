@@ -59,10 +59,12 @@ class Truth:
         ------
         AnnotationError : no video is of that subset; the message lists those present.
         """
-        if not isinstance(name, str) or _canonical(name) not in {_canonical(known) for known in self.subsets}:
+        if not isinstance(name, str) or canonical_subset(name) not in {
+            canonical_subset(known) for known in self.subsets
+        }:
             present = ", ".join(self.subsets) or "none (give the file a subset, or a companion with one as videos=)"
             raise AnnotationError(f"{self._source} has no subset {name!r}; subsets present: {present}")
-        wanted = [known for known in self.subsets if _canonical(known) == _canonical(name)]
+        wanted = [known for known in self.subsets if canonical_subset(known) == canonical_subset(name)]
         return Truth(
             videos=self.videos[self.videos["subset"].isin(wanted)].reset_index(drop=True),
             segments=self.segments[self.segments["subset"].isin(wanted)].reset_index(drop=True),
@@ -156,7 +158,8 @@ def read_videos(path: str | Path, subset: str | None = None, **options: Unpack[R
     return truth.videos if subset is None else truth.subset(subset).videos
 
 
-def _canonical(subset: str) -> str:
+def canonical_subset(subset: str) -> str:
+    """One spelling for each subset: ``Val`` and ``validation`` are both ``validation``."""
     name = subset.strip().lower()
     return _SPELLINGS.get(name, name)
 
@@ -178,13 +181,13 @@ def _video_table(
     raw: Raw, companions: Mapping[str, KnownVideo], subsets: Sequence[str], problems: Problems
 ) -> pd.DataFrame:
     """Subsets, durations and frame rates, checked, with a companion's where the annotation has none."""
-    allowed = {_canonical(name) for name in (*_KNOWN_SUBSETS, *subsets)}
+    allowed = {canonical_subset(name) for name in (*_KNOWN_SUBSETS, *subsets)}
     rows = []
     for video, entry in raw.videos.items():
         other = companions.get(video, KnownVideo())
         subset = entry.subset or other.subset or _thumos14.subset_of(video)
-        if isinstance(subset, str) and subset and _canonical(subset) not in allowed:
-            hint = did_you_mean(_canonical(subset), sorted(allowed))
+        if isinstance(subset, str) and subset and canonical_subset(subset) not in allowed:
+            hint = did_you_mean(canonical_subset(subset), sorted(allowed))
             problems.add(entry.where, f"unknown subset {subset!r}.{hint} Or allow it: subsets=[{subset!r}]")
         values = {"duration": math.nan, "fps": math.nan}
         for name, value, spare in (

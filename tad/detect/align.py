@@ -20,9 +20,9 @@ SAME_AXIS = 1e-3  # rows: axes that drift apart by less than this over a whole v
 class Sample:
     """One video, or a crop of it, as a detector sees it.
 
-    ``features``: ``LevelSpec.key`` -> (T, C) float; ``segments`` (N, 2) float32 in row edges and ``labels`` (N,) int64 are
-    its truth, empty where there is none or none was asked for. ``interpolated`` names the streams that did not lie on the
-    first one's axis.
+    ``features``: ``LevelSpec.key`` -> (T, C) float; ``segments`` (N, 2) float32 in row edges and ``labels`` (N,) int64
+    are its truth, empty where there is none or none was asked for. ``interpolated`` names the streams that did not lie
+    on the first one's axis.
     """
 
     video: str
@@ -62,14 +62,14 @@ def feature_of(store: Store, need: LevelSpec, video: str) -> Feature:
 def read_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spacing: int = 1) -> Sample:
     """Read every need of one video and lay them side by side in time.
 
-    The rows of the first need decide. A stream on the same axis is taken as it is, and where the counts differ by one row
-    the longer is cut; a stream on another axis is interpolated linearly onto the first one's row centres. Then every
-    ``row_spacing`` neighbouring rows are averaged into one, the last group over what is there.
+    The rows of the first need decide. A stream on the same axis is taken as it is, and where the counts differ by one
+    row the longer is cut; a stream on another axis is interpolated linearly onto the first one's row centres. Then
+    every ``row_spacing`` neighbouring rows are averaged into one, the last group over what is there.
 
     Raises
     ------
-    StoreError : an entry is missing, unreadable, empty, not (rows, channels), holds NaN or infinity, or the streams do not
-        cover the same time.
+    StoreError : an entry is missing, unreadable, empty, not (rows, channels), holds NaN or infinity, or the streams do
+        not cover the same time.
     """
     features: dict[str, np.ndarray] = {}
     interpolated: list[str] = []
@@ -82,8 +82,8 @@ def read_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
         elif same_axis(axis, feature.axis, rows=count):
             if abs(rows.shape[0] - count) > 1:
                 raise StoreError(
-                    f"video '{video}': stream '{first.stream}' has {count} rows and '{feature.stream}' {rows.shape[0]} on "
-                    "the same time axis; one of them was cut short: extract it again"
+                    f"video '{video}': stream '{first.stream}' has {count} rows and '{feature.stream}' {rows.shape[0]} "
+                    "on the same time axis; one of them was cut short: extract it again"
                 )
             count = min(count, rows.shape[0])
         else:
@@ -100,8 +100,8 @@ def read_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
 def feature_duration(feature: Feature, rows: int) -> float:
     """The video's length in seconds as stored, or the end of the last row where the store does not know it."""
     known = feature.duration_s
-    if known is not None and np.isfinite(known) and known > 0:
-        return float(known)
+    if np.isfinite(known) and known > 0:
+        return known
     return float(feature.axis.center_s(rows - 1) + 0.5 * max(feature.axis.window_s, feature.axis.scale_s))
 
 
@@ -113,7 +113,7 @@ def same_axis(a: TimeAxis, b: TimeAxis, *, rows: int) -> bool:
 
 
 def interpolate_rows(rows: np.ndarray, axis: TimeAxis, at_s: np.ndarray) -> np.ndarray:
-    """Rows (T, C) on ``axis``, read at ``at_s`` (M,) seconds -> (M, C) float32; before the first and after the last row: that row."""
+    """Rows (T, C) on ``axis``, read at ``at_s`` (M,) seconds -> (M, C) float32; beyond an end: the row at that end."""
     position = np.clip(axis.row_at(at_s), 0, rows.shape[0] - 1)  # (M,)
     left = np.floor(position).astype(np.int64)
     right = np.minimum(left + 1, rows.shape[0] - 1)
@@ -148,7 +148,8 @@ def _checked(feature: Feature) -> np.ndarray:
 
 def _interpolated(rows: np.ndarray, feature: Feature, first: Feature, count: int) -> np.ndarray:
     at_s = first.axis.center_s(np.arange(count))  # (T,)
-    # The ends of two extractions differ by their windows and strides; more than that means different videos or a cut one.
+    # The ends of two extractions differ by their windows and strides; more than that means different videos or a cut
+    # one.
     allowed_s = 0.5 * feature.axis.window_s + feature.axis.scale_s
     begin_s, end_s = feature.axis.center_s(0), feature.axis.center_s(rows.shape[0] - 1)
     if begin_s - at_s[0] > allowed_s or at_s[-1] - end_s > allowed_s:

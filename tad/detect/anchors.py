@@ -84,7 +84,9 @@ def anchor_scales_for(
     RecipeError : no length that is positive and finite; nonsensical ``count``, ``overlap`` or ``share``.
     """
     if (count is not None and count < 1) or not 0 < overlap < 1 or not 0 < share <= 1:
-        raise RecipeError(f"anchor scales need count >= 1, 0 < overlap < 1, 0 < share <= 1: {count}, {overlap}, {share}")
+        raise RecipeError(
+            f"anchor scales need count >= 1, 0 < overlap < 1, 0 < share <= 1: {count}, {overlap}, {share}"
+        )
     lengths = np.asarray(lengths_rows, dtype=np.float64).ravel()
     lengths = lengths[np.isfinite(lengths) & (lengths > 0)]
     if len(lengths) == 0:
@@ -94,11 +96,9 @@ def anchor_scales_for(
     if count is not None:
         return _series(low, high, count)
     for n in range(1, 65):
-        # the outermost anchors may be `overlap` of the outermost lengths, which saves scales
-        first, last = min(low / overlap, math.sqrt(low * high)), max(high * overlap, math.sqrt(low * high))
-        scales = _series(first, last, n)
+        scales = _series(low, high, n)
         ratio = lengths[:, None] / np.asarray(scales)
-        if (np.minimum(ratio, 1 / ratio).max(1) >= overlap).mean() >= share - 1e-9:
+        if (np.minimum(ratio, 1 / ratio).max(1) >= overlap).mean() >= share:
             break
     return scales
 

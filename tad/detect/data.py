@@ -1,11 +1,10 @@
-"""Samples for a detector: truth in rows, crops, batches, and an order of batches that depends on the seed and epoch alone."""
+"""Samples for a detector: truth in rows, crops, batches, in an order that depends on the seed and epoch alone."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tad.detect.align import Sample, read_sample
 from tad.detect.interface import Batch, LevelSpec, Targets
-from tad.store import Store, open_store
+from tad.store import Store
 from tad.timeline import TimeAxis
 
 CACHE_BYTES = 2 * 1024**3  # training sets up to this size are kept in memory, larger ones are read again every epoch
@@ -40,7 +39,9 @@ def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: 
     segments_s = np.asarray(segments_s, np.float64).reshape(-1, 2)
     lasting = segments_s[:, 1] > segments_s[:, 0]  # (N,)
     edges = np.clip(axis.to_rows(segments_s), 0.0, float(rows))  # (N, 2)
-    inside = edges[:, 1] - edges[:, 0] > np.minimum(SLIVER_ROWS, 0.5 * (segments_s[:, 1] - segments_s[:, 0]) / axis.scale_s)
+    inside = edges[:, 1] - edges[:, 0] > np.minimum(
+        SLIVER_ROWS, 0.5 * (segments_s[:, 1] - segments_s[:, 0]) / axis.scale_s
+    )
     keep = lasting & inside
     return RowTruth(
         edges[keep].astype(np.float32),
@@ -51,7 +52,7 @@ def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: 
 
 
 def crop(sample: Sample, start: int, rows: int) -> Sample:
-    """Rows ``[start, start + rows)`` of a sample; a truth stays when at least half of it lies inside, cut to the crop."""
+    """Rows ``[start, start + rows)`` of a sample; a truth of which at least half lies inside stays, cut to the crop."""
     moved = sample.segments - np.float32(start)  # (N, 2)
     cut = np.clip(moved, 0, rows)
     keep = cut[:, 1] - cut[:, 0] >= KEEP_INSIDE * (moved[:, 1] - moved[:, 0])  # (N,)
@@ -87,7 +88,7 @@ class VideoDataset(Dataset[Sample]):
 
     Parameters
     ----------
-    store : where the rows are; opened again by path in every worker.
+    store : where the rows are.
     needs : what the detector reads.
     truth : video -> its truth in rows; its keys are the videos, in order.
     row_spacing, max_rows : see ``DataRecipe``; longer videos are cut at a uniformly random place.
@@ -106,8 +107,7 @@ class VideoDataset(Dataset[Sample]):
         seed: int,
         cache: Mapping[str, Sample],
     ) -> None:
-        self.store: Store | None = store
-        self.path = store.path
+        self.store = store
         self.needs, self.truth, self.videos = tuple(needs), dict(truth), list(truth)
         self.row_spacing, self.max_rows, self.seed, self.cache = row_spacing, max_rows, seed, dict(cache)
 
@@ -117,21 +117,15 @@ class VideoDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         video = self.videos[index]
-        sample = self.cache.get(video) or self._read(video)
+        sample = self.cache.get(video)
+        if sample is None:
+            sample = read_sample(self.store, self.needs, video, row_spacing=self.row_spacing)
         truth = self.truth[video]
         sample = replace(sample, segments=truth.segments, labels=truth.labels)
         if sample.rows <= self.max_rows:
             return sample
         start = int(seeded(self.seed, epoch, index).integers(0, sample.rows - self.max_rows + 1))
         return crop(sample, start, self.max_rows)
-
-    def _read(self, video: str) -> Sample:
-        if self.store is None:
-            self.store = open_store(self.path)
-        return read_sample(self.store, self.needs, video, row_spacing=self.row_spacing)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "store": None}  # file handles do not survive a new process
 
 
 @dataclass(frozen=True)
@@ -171,8 +165,8 @@ class _Shares(Sampler[list[tuple[int, int]]]):
 class EpochLoader:
     """Batches of this process, epoch by epoch; ``None`` stands for an empty share.
 
-    The order is drawn here, from the seed and epoch, so that it is the same for any number of workers, and neither it nor
-    the workers' seeds touch torch's own generator.
+    The order is drawn here, from the seed and epoch, so that it is the same for any number of workers, and neither it
+    nor the workers' seeds touch torch's own generator.
     """
 
     def __init__(self, dataset: VideoDataset, *, workers: int, rank: int = 0, world: int = 1) -> None:

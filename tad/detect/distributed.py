@@ -46,7 +46,8 @@ class World:
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
-        return box[0]  # type: ignore[no-any-return]
+        result: T = box[0]
+        return result
 
     def gathered(self, value: T) -> list[T]:
         """The value of every process, by rank."""
@@ -83,7 +84,8 @@ class World:
 def world(device: str | torch.device | None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started (NCCL on CUDA, gloo on the CPU), or be alone.
 
-    ``device`` None is CUDA where there is one, the local rank's own. A process group that exists already is used and left.
+    ``device`` None is CUDA where there is one, the local rank's own. A process group that exists already is used and
+    left.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = pick_device(device, local=local)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from tad.detect.interface import Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress
 from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
 from tad.detect.runs import Run, describe_differences, differing_keys, write_atomic
-from tad.errors import RecipeError, StoreError
+from tad.errors import RecipeError, StoreError, WeightsError
 from tad.progress import ProgressFactory, silent
 from tad.recipe import PostprocessRecipe
 from tad.store import Store, open_store
@@ -72,7 +73,8 @@ def detect(
         with open_store(store) as opened:
             return detect(
                 run=run, store=opened, videos=videos, subset=subset, annotations=annotations, device=device,
-                batch_videos=batch_videos, postprocess=postprocess, raw_out=raw_out, failures=failures, progress=progress,
+                batch_videos=batch_videos, postprocess=postprocess, raw_out=raw_out, failures=failures,
+                progress=progress,
             )  # fmt: skip
     if batch_videos < 1:
         raise RecipeError(f"batch_videos must be at least 1, got {batch_videos}")
@@ -92,12 +94,9 @@ def detect(
     raw: list[Segments] = []
     with (progress or silent)(len(present), "detect", "videos") as bar:
         samples = readable(store, detector.needs, present, row_spacing=run.recipe.data.row_spacing, lost=lost)
-        for found in decoded(detector, samples, device=chosen, batch_videos=batch_videos):
-            bar.advance(1)
-            if _finite(found):
-                raw.append(found)
-            else:
-                lost(Failure(found.video, "RecipeError", "the network's output is not finite; was its training stable?"))
+        while group := list(islice(samples, batch_videos)):
+            raw += decoded_or_lost(detector, group, device=chosen, lost=lost)
+            bar.advance(len(group))
     if raw_path is not None:
         save_raw(raw_path, raw, classes=run.classes)
     if failures is not None:
@@ -106,7 +105,7 @@ def detect(
 
 
 def resuppress(raw: str | Path, postprocess: PostprocessRecipe) -> pd.DataFrame:
-    """The table that :func:`detect` would return with this suppression, from its ``raw_out`` file, without the network."""
+    """The table that :func:`detect` would return with this suppression, from its ``raw_out`` file alone."""
     segments, classes = load_raw(raw)
     return suppressed_table(segments, postprocess, classes)
 
@@ -117,7 +116,9 @@ def check_same_features(run: Run, store: Store) -> None:
     for stream, known in run.features.items():
         attrs = store.stream_attrs(stream)
         if attrs["fingerprint"] != known["fingerprint"]:
-            differences = describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
+            differences = (
+                describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
+            )
             raise StoreError(
                 f"run {run.path} was trained on other features than stream '{stream}' of store {store.path} holds: "
                 f"{differences}. Extract the stream again as it was, or train again on this store"
@@ -125,7 +126,12 @@ def check_same_features(run: Run, store: Store) -> None:
 
 
 def readable(
-    store: Store, needs: Sequence[LevelSpec], videos: Iterable[str], *, row_spacing: int, lost: Callable[[Failure], None]
+    store: Store,
+    needs: Sequence[LevelSpec],
+    videos: Iterable[str],
+    *,
+    row_spacing: int,
+    lost: Callable[[Failure], None],
 ) -> Iterator[Sample]:
     """Samples of the videos that can be read; ``lost`` is called with a :class:`Failure` for each of the others."""
     for video in videos:
@@ -136,24 +142,36 @@ def readable(
 
 
 @torch.inference_mode()
-def decoded(
-    detector: Detector, samples: Iterable[Sample], *, device: torch.device, batch_videos: int
-) -> Iterator[Segments]:
-    """What the network finds in whole videos, before suppression: float32 on the CPU, one :class:`Segments` a sample."""
-    samples = iter(samples)
-    while group := list(islice(samples, batch_videos)):
-        batch = collate(group)
-        if batch is None:
-            return
-        batch = batch.to(device)
-        for found in detector.decode(detector(batch), batch):
-            yield Segments(
-                found.video,
-                found.segments_s.float().cpu(),
-                found.labels.long().cpu(),
-                found.scores.float().cpu(),
-                {name: value.float().cpu() for name, value in found.extra.items()},
-            )
+def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.device) -> list[Segments]:
+    """What the network finds in whole videos, before suppression: one :class:`Segments` a sample, float32 on the CPU.
+
+    Raises :class:`WeightsError` where the outputs are not finite.
+    """
+    batch = collate(samples)
+    if batch is None:
+        return []
+    batch = batch.to(device)
+    result = []
+    for found in detector.decode(detector(batch), batch):
+        if not (torch.isfinite(found.segments_s).all() and torch.isfinite(found.scores).all()):
+            raise WeightsError(f"video {found.video}: the detector's output is not finite; have its weights diverged?")
+        extra = {name: value.float().cpu() for name, value in found.extra.items()}
+        segments_s, labels, scores = found.segments_s.float(), found.labels.long(), found.scores.float()
+        result.append(Segments(found.video, segments_s.cpu(), labels.cpu(), scores.cpu(), extra))
+    return result
+
+
+def decoded_or_lost(
+    detector: Detector, samples: Sequence[Sample], *, device: torch.device, lost: Callable[[Failure], None]
+) -> list[Segments]:
+    """:func:`decoded`, but a video on which the network's output is not finite is lost alone."""
+    try:
+        return decoded(detector, samples, device=device)
+    except WeightsError as error:
+        if len(samples) == 1:
+            lost(Failure(samples[0].video, type(error).__name__, str(error)))
+            return []
+    return [found for sample in samples for found in decoded_or_lost(detector, [sample], device=device, lost=lost)]
 
 
 def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, classes: Sequence[str]) -> pd.DataFrame:
@@ -174,12 +192,15 @@ def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, cl
     return table.sort_values(["video", "score"], ascending=[True, False], kind="stable", ignore_index=True)
 
 
-# ---- what the network found, on disk -----------------------------------------------------------------------------------
+# ---- what the network found, on disk ---------------------------------------------------------------------------------
 def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> None:
-    """Write decoded segments as one ``.npz``: ``videos``, ``classes`` (names), ``video`` (N,) index, ``segments`` (N, 2) seconds,
-    ``labels`` (N,), ``scores`` (N,), and ``extra/<name>`` of what all videos have."""
+    """Write decoded segments as one ``.npz``.
+
+    ``videos`` and ``classes`` are names; ``video`` (N,) and ``labels`` (N,) index them; ``segments`` (N, 2) seconds,
+    ``scores`` (N,), and ``extra/<name>`` of what all videos have.
+    """
     extras = set.intersection(*[set(s.extra) for s in raw]) if raw else set()
-    arrays = {
+    arrays: dict[str, Any] = {
         "videos": np.array([s.video for s in raw], dtype=str),
         "classes": np.array(classes, dtype=str),
         "video": np.repeat(np.arange(len(raw), dtype=np.int32), [len(s) for s in raw]),
@@ -188,7 +209,7 @@ def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> 
         "scores": _joined([s.scores for s in raw], torch.zeros(0)).numpy(),
         **{f"extra/{name}": torch.cat([s.extra[name] for s in raw]).numpy() for name in sorted(extras)},
     }
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+    write_atomic(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
@@ -206,7 +227,9 @@ def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
             extra = {name.removeprefix("extra/"): value for name, value in part.items()}
             result.append(Segments(video, segments, labels, scores, extra))
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)") from error
+        raise RecipeError(
+            f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)"
+        ) from error
     return result, classes
 
 
@@ -242,10 +265,5 @@ def _wanted(
     return present, failed
 
 
-def _finite(found: Segments) -> bool:
-    return bool(torch.isfinite(found.segments_s).all()) and bool(torch.isfinite(found.scores).all())
-
-
 def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
     return torch.cat([empty, *parts])
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,14 +13,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from tad.errors import RecipeError
 from tad.recipe import TrainRecipe
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 MOMENTUM = 0.9  # of SGD
 
 
 def build_optimizer(module: nn.Module, recipe: TrainRecipe) -> Optimizer:
     """Adam, AdamW or SGD (momentum 0.9) over the parameters that require a gradient.
 
-    ``weight_decay`` is the L2 term of Adam and SGD, on all parameters, as the papers of their time have it. AdamW decays
-    matrices and kernels only, not biases, norms and other parameters of fewer than two dimensions.
+    ``weight_decay`` is the L2 term of Adam and SGD, on all parameters, as the papers of their time have it. AdamW
+    decays matrices and kernels only, not biases, norms and other parameters of fewer than two dimensions.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if not parameters:
@@ -37,8 +38,8 @@ def build_optimizer(module: nn.Module, recipe: TrainRecipe) -> Optimizer:
 def lr_factor(recipe: TrainRecipe, *, step: int, steps_per_epoch: int) -> float:
     """What the learning rate is multiplied by in optimizer step ``step`` (from 0 over all epochs).
 
-    It grows linearly over ``warmup_epochs``, and then: ``constant``, ``cosine`` down to zero at the end of the last epoch, or
-    ``step``, multiplied by ``step_gamma`` after each of ``step_epochs`` finished epochs.
+    It grows linearly over ``warmup_epochs``, and then: ``constant``, ``cosine`` down to zero at the end of the last
+    epoch, or ``step``, multiplied by ``step_gamma`` after each of ``step_epochs`` finished epochs.
     """
     total = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
@@ -68,27 +69,29 @@ def check_training(recipe: TrainRecipe, *, device: torch.device) -> None:
         raise RecipeError("train.precision=fp16 needs a CUDA device; take bf16 or fp32 on the CPU")
 
 
-class AveragedWeights:
+class AveragedWeights(Generic[ModuleT]):
     """Exponential moving average of a module's weights; other buffers are copied.
 
-    After n updates the decay is ``min(decay, (1 + n) / (10 + n))``, so that short trainings are not held back by the random
-    weights they began with (as in TensorFlow's ``ExponentialMovingAverage``).
+    After n updates the decay is ``min(decay, (1 + n) / (10 + n))``, so that short trainings are not held back by the
+    random weights they began with (as in TensorFlow's ``ExponentialMovingAverage``).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: ModuleT, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module = copy.deepcopy(module)
+        self.module.requires_grad_(False)
+        self.module.eval()
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: ModuleT) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(module.named_parameters())
         for name, average in self.module.named_parameters():
             average.lerp_(parameters[name].to(average.dtype), 1 - decay)
         buffers = dict(module.named_buffers())
-        for name, average in self.module.named_buffers():
-            average.copy_(buffers[name])
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "weights": self.module.state_dict()}

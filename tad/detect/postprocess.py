@@ -142,7 +142,9 @@ def soft_nms(
         raise ValueError(f"soft_nms: method must be 'gaussian', 'linear' or 'hard', got {method!r}")
     segments, scores = _checked(segments, scores, labels)
     if len(scores) and bool((scores < 0).any()):
-        raise ValueError("soft_nms: scores must not be negative, since decay is a factor; pass probabilities, not logits")
+        raise ValueError(
+            "soft_nms: scores must not be negative, since decay is a factor; pass probabilities, not logits"
+        )
 
     def decay(top: Tensor, others: Tensor) -> Tensor:  # (..., 2), (..., 2) -> (...,) factors
         overlap = paired_tiou(top, others)
@@ -280,7 +282,10 @@ def suppress(segments: Segments, recipe: PostprocessRecipe) -> Segments:
             max_segments=recipe.max_segments,
         )
     else:
-        chosen, scores = torch.arange(len(keep), device=keep.device)[: recipe.max_segments], scores[: recipe.max_segments]
+        chosen, scores = (
+            torch.arange(len(keep), device=keep.device)[: recipe.max_segments],
+            scores[: recipe.max_segments],
+        )
     keep = keep[chosen]
     return Segments(
         segments.video,

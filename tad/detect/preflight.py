@@ -37,7 +37,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which videos train, which choose the checkpoint, and what there is to find; from annotations and metadata alone."""
+    """Which videos train, which choose the checkpoint, what there is to find; from annotations and metadata alone."""
 
     classes: list[str]
     train: list[str]
@@ -62,7 +62,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Every training and held-out video after it was read once: truth in rows, and the rows themselves where they fit."""
+    """Every training and held-out video after it was read once: truth in rows, and the rows where they fit."""
 
     train: dict[str, RowTruth]  # in the order of Plan.train
     holdout: list[str]
@@ -70,6 +70,10 @@ class TrainingSet:
     failures: list[Failure]
     messages: list[str]
     counts: dict[str, int] = field(default_factory=dict)
+
+    def holdout_truth(self, plan: Plan) -> pd.DataFrame:
+        """The segments of the held-out videos that can be read, as :mod:`tad.evaluate` takes them."""
+        return plan.holdout_truth[plan.holdout_truth["video"].isin(self.holdout)]
 
 
 def check_streams(store: Store, streams: Sequence[str]) -> None:
@@ -84,9 +88,9 @@ def check_streams(store: Store, streams: Sequence[str]) -> None:
 def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
     """Decide on videos and classes.
 
-    The training subset is ``data.train_subset``, else the first of training, train, validation, val that the annotations
-    have. The held-out videos are those of ``data.holdout_subset``, else the ``data.holdout`` part of the training videos that
-    comes first by SHA-256 of seed and id: adding a video moves few others.
+    The training subset is ``data.train_subset``, else the first of training, train, validation, val that the
+    annotations have. The held-out videos are those of ``data.holdout_subset``, else the ``data.holdout`` part of the
+    training videos that comes first by SHA-256 of seed and id: adding a video moves few others.
 
     Raises
     ------
@@ -96,13 +100,14 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
     """
     check_streams(store, recipe.streams)
     name = training_subset(truth, recipe.data.train_subset)
-    subset = truth.subset(name)
+    subset = truth if name is None else truth.subset(name)
+    named = "the annotations" if name is None else f"subset '{name}'"
     videos = sorted(map(str, subset.videos["video"]))
     have = {stream: set(store.videos(stream)) for stream in recipe.streams}
     present, failures = with_features(videos, have)
     if not present:
-        raise StoreError(no_video_message(videos, have, store, f"subset '{name}' of the annotations"))
-    messages = [f"subset '{name}': {len(videos)} videos, {len(present)} with features"]
+        raise StoreError(no_video_message(videos, have, store, named))
+    messages = [*truth.notes, f"{named}: {len(videos)} videos, {len(present)} with features"]
     holdout_name = recipe.data.holdout_subset
     if holdout_name is not None:
         held = truth.subset(holdout_name)
@@ -110,8 +115,8 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
         holdout, failed = with_features(listed, have)
         if set(holdout) & set(present):
             raise RecipeError(
-                f"data.holdout_subset '{holdout_name}' shares videos with the training subset '{name}', "
-                f"such as {shown(sorted(set(holdout) & set(present)))}; choose another, or leave it out and set data.holdout"
+                f"data.holdout_subset '{holdout_name}' shares videos with {named}, "
+                f"such as {shown(sorted(set(holdout) & set(present)))}; choose another, or set data.holdout instead"
             )
         train, failures = present, failures + failed
         messages.append(f"held out: subset '{holdout_name}', {len(listed)} videos, {len(holdout)} with features")
@@ -121,7 +126,7 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
         messages.append(f"held out: {len(holdout)} of these (data.holdout={recipe.data.holdout}, seed {recipe.seed})")
     classes = sorted(set(map(str, subset.segments.loc[subset.segments["video"].isin(present), "label"])))
     if not classes:
-        raise RecipeError(f"subset '{name}' has no segments in the {len(present)} videos with features: nothing to learn")
+        raise RecipeError(f"{named} hold no segments in the {len(present)} videos with features: nothing to learn")
     holdout_truth = held.segments[held.segments["video"].isin(holdout)].reset_index(drop=True)
     if recipe.train.select == "map" and holdout_truth.empty:
         reason = "holds no segments" if holdout else "is empty"
@@ -148,9 +153,9 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
     )
 
 
-def training_subset(truth: Truth, wanted: str | None) -> str:
-    """The subset to train on, see :func:`plan_training`."""
-    if wanted is not None:
+def training_subset(truth: Truth, wanted: str | None) -> str | None:
+    """The subset to train on, see :func:`plan_training`; None is all videos, where the annotations name no subsets."""
+    if wanted is not None or not truth.subsets:
         return wanted
     by_name = {name.lower(): name for name in truth.subsets}
     for name in TRAIN_NAMES:
@@ -200,7 +205,9 @@ def no_video_message(videos: Sequence[str], have: Mapping[str, set[str]], store:
     )
 
 
-def read_training(plan: Plan, recipe: DetectRecipe, store: Store, needs: Sequence[LevelSpec], progress: ProgressFactory) -> TrainingSet:
+def read_training(
+    plan: Plan, recipe: DetectRecipe, store: Store, needs: Sequence[LevelSpec], progress: ProgressFactory
+) -> TrainingSet:
     """Read every training and held-out video once: what is broken is left out and listed, what fits is kept in memory.
 
     Raises
@@ -238,6 +245,8 @@ def read_training(plan: Plan, recipe: DetectRecipe, store: Store, needs: Sequenc
                 holdout.append(video)
     if not train or (plan.holdout and not holdout):
         raise StoreError(f"no {'held-out' if train else 'training'} video can be read; the first says: {failures[0]}")
+    if recipe.train.select == "map" and not set(plan.holdout_truth["video"]) & set(holdout):
+        raise StoreError(f"no held-out video with segments can be read; the first says: {failures[0]}")
     counts: dict[str, Any] = {
         "train_videos": len(train),
         "holdout_videos": len(holdout),
@@ -251,16 +260,22 @@ def read_training(plan: Plan, recipe: DetectRecipe, store: Store, needs: Sequenc
     }
     if counts["segments"] == 0:
         raise RecipeError(
-            f"none of the {counts['segments_outside'] + counts['segments_empty']} training segments lies on the rows of its "
-            "video: are the annotations in seconds, and were the features made or imported with the right fps and stride?"
+            f"none of the {counts['segments_outside'] + counts['segments_empty']} training segments lies on the rows "
+            "of its video: are the annotations in seconds, were the features imported with the right fps and stride?"
         )
     messages = []
     if interpolated:
-        messages.append(f"streams on another time axis, interpolated onto the rows of {needs[0].key}: {', '.join(interpolated)}")
+        messages.append(
+            f"streams on another time axis, interpolated onto the rows of {needs[0].key}: {', '.join(interpolated)}"
+        )
     if other_length:
-        messages.append(f"{other_length} videos last more than 5 % longer or shorter in the annotations than in the store")
+        messages.append(
+            f"{other_length} videos last more than 5 % longer or shorter in the annotations than in the store"
+        )
     if cut:
-        messages.append(f"{cut} training videos have more than {recipe.data.max_rows} rows (data.max_rows) and are cut at random")
+        messages.append(
+            f"{cut} training videos have more than {recipe.data.max_rows} rows (data.max_rows) and are cut at random"
+        )
     messages.append("features are " + ("kept in memory" if cached else "read again every epoch: they exceed 2 GiB"))
     return TrainingSet(train, holdout, cache, failures, messages, counts)
 
@@ -300,7 +315,9 @@ def _channels(store: Store, streams: Sequence[str], videos: Sequence[str]) -> di
         found = _stored(store, [LevelSpec(stream) for stream in streams], video)
         if found:
             return {feature.stream: int(feature.shape[1]) for feature in found}
-    raise StoreError(f"store {store.path}: the metadata of all {len(videos)} training videos is broken; run 'tad store verify'")
+    raise StoreError(
+        f"store {store.path}: the metadata of all {len(videos)} training videos is broken; run 'tad store verify'"
+    )
 
 
 def _check_widths(sample: Sample, widths: dict[str, int]) -> None:
@@ -308,7 +325,9 @@ def _check_widths(sample: Sample, widths: dict[str, int]) -> None:
     for key, rows in sample.features.items():
         known = widths.setdefault(key, rows.shape[1])
         if rows.shape[1] != known:
-            raise StoreError(f"stream '{key}' has {rows.shape[1]} channels here and {known} in other videos; extract it again")
+            raise StoreError(
+                f"stream '{key}' has {rows.shape[1]} channels here and {known} in other videos; extract it again"
+            )
 
 
 def _lengths_differ(stored_s: float, annotated_s: float) -> bool:

@@ -14,6 +14,7 @@
       metrics.json           the outcome; its presence says that the run is finished
       failures.jsonl         videos that could not be used, and why (only if there were any)
       log.txt
+      raw/*.npz              what the network found before suppression, where ``detect`` was told to write it here
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors, save as save_safetensors
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from tad._version import __version__
@@ -57,7 +59,13 @@ FILES = (
     "failures.jsonl",
     "log.txt",
 )
-FEATURE_KEYS = ("spec", "fingerprint", "channels", "dtype", "axis")  # of every stream in features.json, beside its own info
+FEATURE_KEYS = (
+    "spec",
+    "fingerprint",
+    "channels",
+    "dtype",
+    "axis",
+)  # of every stream in features.json, beside its own info
 
 
 # ---- writing: a reader sees the old file or the new one, never half of it --------------------------------------------
@@ -105,7 +113,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomic(path, lambda file: torch.save(dict(state), file))
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Raises :class:`WeightsError` when the file is missing or damaged."""
     try:
@@ -125,11 +133,13 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); train again with overwrite") from error
     if not isinstance(state, dict):
-        raise WeightsError(f"{path} holds {type(state).__name__}, not the state of a training; train again with overwrite")
+        raise WeightsError(
+            f"{path} holds {type(state).__name__}, not the state of a training; train again with overwrite"
+        )
     return state
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -143,7 +153,7 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- the run itself -----------------------------------------------------------------------------------------------------
+# ---- the run itself --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
     """A trained detector with all that its inference needs."""
@@ -151,7 +161,9 @@ class Run:
     path: Path
     recipe: DetectRecipe
     classes: list[str]
-    features: dict[str, dict[str, Any]]  # stream, in the order of the recipe -> how it was when the detector was trained on it
+    features: dict[
+        str, dict[str, Any]
+    ]  # stream, in the order of the recipe -> how it was when the detector was trained on it
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -167,7 +179,7 @@ class Run:
         if not (path / "recipe.yaml").is_file():
             raise RecipeError(f"run {path} has no recipe.yaml: is it the folder of a detector's run?")
         recipe = validated(DetectRecipe, load_mapping(path / "recipe.yaml"), where=str(path / "recipe.yaml"))
-        classes, features = _read_json(path / "classes.json"), _read_json(path / "features.json")
+        classes, features = read_json(path / "classes.json"), read_json(path / "features.json")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")
         for stream in recipe.streams:
@@ -214,7 +226,10 @@ def load_into(detector: Detector, state: Mapping[str, Tensor], *, where: str) ->
         if own[name].shape != state[name].shape
     ]
     if missing or unknown or shapes:
-        parts = [("missing: " + ", ".join(missing)) if missing else "", ("unknown: " + ", ".join(unknown)) if unknown else ""]
+        parts = [
+            ("missing: " + ", ".join(missing)) if missing else "",
+            ("unknown: " + ", ".join(unknown)) if unknown else "",
+        ]
         problems = "; ".join(part for part in [*parts, *shapes] if part)
         raise WeightsError(f"{where} does not fit the network that recipe.yaml describes: {problems}")
     detector.load_state_dict(dict(state))
@@ -224,21 +239,28 @@ def run_state(path: Path) -> Literal["absent", "empty", "foreign", "unfinished",
     """What stands at ``path`` now; ``foreign`` is anything that is not a run."""
     if not path.exists():
         return "absent"
-    if not path.is_dir() or (any(path.iterdir()) and not (path / "recipe.yaml").is_file()):
-        return "foreign"
-    if not (path / "recipe.yaml").is_file():
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return "finished" if (path / "metrics.json").is_file() else "unfinished"
+    if path.is_dir() and all(_is_temporary(file.name) for file in path.iterdir()):
         return "empty"
-    return "finished" if (path / "metrics.json").is_file() else "unfinished"
+    return "foreign"
 
 
 def remove_run(path: Path) -> None:
-    """Remove the files of a run, and nothing else in its folder; ``recipe.yaml`` goes last, so that a rest is still a run."""
+    """Remove the files of a run and nothing else; ``recipe.yaml`` goes last, so that a rest is still seen as a run."""
+    for file in [*path.glob("raw/*.npz"), *(file for file in path.iterdir() if _is_temporary(file.name))]:
+        file.unlink(missing_ok=True)
     for name in sorted(FILES, key=lambda name: name == "recipe.yaml"):
         (path / name).unlink(missing_ok=True)
 
 
+def _is_temporary(name: str) -> bool:
+    """Whether a killed :func:`write_atomic` left this."""
+    return name.startswith(".") and name.endswith(".tmp") and any(name.startswith(f".{known}.") for known in FILES)
+
+
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """``(dotted key, old value, new value)`` of everything that differs between two nested mappings; absent is ``None``."""
+    """``(dotted key, old, new)`` of everything that differs between two nested mappings; absent is ``None``."""
     result = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
@@ -262,7 +284,9 @@ def environment(*, device: torch.device, seed: int, world: int) -> dict[str, Any
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "device_type": device.type,
         "cuda": torch.version.cuda,
         "processes": world,
@@ -292,4 +316,3 @@ def require_free(path: Path, *, resume: bool, overwrite: bool) -> None:
             + ("" if state == "finished" else "resume it, ")
             + "overwrite it, or choose another output folder"
         )
-

@@ -26,5 +26,7 @@ def _random_subset(members: Tensor, sizes: Tensor, generator: torch.Generator | 
         return members
     keys = torch.rand(members.shape, generator=generator, device=members.device).masked_fill(~members, 2.0)
     order = keys.argsort(1)  # members first, shuffled
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(members.shape[1], device=members.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(members.shape[1], device=members.device).expand_as(order)
+    )
     return members & (rank < sizes[:, None])

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LENGTH_RATIO = 62.5  # a decoded segment is at most this many times its anchor's length, so that exp() cannot overflow
+MAX_LENGTH_RATIO = (
+    62.5  # a decoded segment is at most this many times its anchor's length, so that exp() cannot overflow
+)
 
 
 def center_length(segments: Tensor) -> tuple[Tensor, Tensor]:

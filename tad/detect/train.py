@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import random
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from tad.annotations import Truth, read_truth
-from tad.detect.align import check_needs, feature_of
-from tad.detect.data import EpochLoader, Step, VideoDataset, epoch_steps, seeded
-from tad.detect.detectors import build_detector
+from tad.detect.align import check_needs, feature_of, read_sample
+from tad.detect.data import EpochLoader, VideoDataset, epoch_steps
+from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.distributed import World, world
-from tad.detect.infer import decoded, readable, suppressed_table
-from tad.detect.interface import Batch, Detector, LevelSpec
-from tad.detect.optim import AveragedWeights, build_optimizer, check_training, lr_factor, set_lr
-from tad.detect.preflight import Failure, Plan, TrainingSet, plan_training, read_training, shown
+from tad.detect.infer import check_same_features, decoded, suppressed_table
+from tad.detect.interface import LevelSpec, Segments
+from tad.detect.optim import check_training, lr_factor, set_lr
+from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
 from tad.detect.runs import (
     Run,
     describe_differences,
@@ -31,10 +28,10 @@ from tad.detect.runs import (
     dump_recipe,
     environment,
     now_text,
+    read_json,
     read_state,
     remove_run,
     require_free,
-    run_state,
     sha256_of,
     write_csv,
     write_json,
@@ -42,6 +39,7 @@ from tad.detect.runs import (
     write_text,
     write_weights,
 )
+from tad.detect.trainer import Trainer, seed_all
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
@@ -50,7 +48,6 @@ from tad.store import Store, open_store
 
 logger = logging.getLogger("tad.detect")
 TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # whose average mAP on the held-out videos chooses the checkpoint
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MAY_CHANGE = ("data.workers",)  # keys that a resumed training may have otherwise: they do not touch its result
 
 
@@ -67,9 +64,9 @@ def train_detector(
 ) -> dict[str, Any]:
     """Train a detector on stored features and write its run folder (see :mod:`tad.detect.runs`).
 
-    Started by ``torchrun`` it trains in all its processes together: each takes its share of every batch, so that the result
-    does not depend on their number but for rounding, as long as the detector's loss is a mean over videos and draws nothing
-    at random.
+    Started by ``torchrun`` it trains in all its processes together: each takes its share of every batch, so that the
+    result does not depend on their number but for rounding, as long as the detector's loss is a mean over videos and
+    draws nothing at random.
 
     Parameters
     ----------
@@ -77,8 +74,8 @@ def train_detector(
     store : the features, open or where they are.
     annotations : the truth, read or where it is.
     out : the folder to write; it may exist if it is empty.
-    resume : go on where the run in ``out`` stopped, to the same weights that it would have had without the stop. A finished
-        run is left as it is; where there is none yet, training begins.
+    resume : go on where the run in ``out`` stopped, to the same weights that it would have had without the stop. A
+        finished run is left as it is; where there is none yet, training begins.
     overwrite : replace the run that is there.
     device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
     progress : shows how far it is (see :mod:`tad.progress`).
@@ -96,8 +93,8 @@ def train_detector(
     if isinstance(store, (str, Path)):
         with open_store(store) as opened:
             return train_detector(
-                recipe, store=opened, annotations=annotations, out=out, resume=resume, overwrite=overwrite, device=device,
-                progress=progress,
+                recipe, store=opened, annotations=annotations, out=out, resume=resume, overwrite=overwrite,
+                device=device, progress=progress,
             )  # fmt: skip
     truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
     path = Path(out)
@@ -128,7 +125,9 @@ def _may_begin(
             "Give the old values, or train into another folder"
         )
     if env["annotations"]["sha256"] != _sha256_of(truth):
-        raise RecipeError(f"run {path} cannot be resumed: annotations {truth.path} are not those that it was begun with")
+        raise RecipeError(
+            f"run {path} cannot be resumed: annotations {truth.path} are not those that it was begun with"
+        )
     check_same_features(run, store)
     if run.finished:
         logger.info("run %s is finished, there is nothing to resume", path)
@@ -147,9 +146,11 @@ def _train(
     processes: World,
     progress: ProgressFactory,
 ) -> dict[str, Any]:
-    resuming = processes.on_first(lambda: (path / "resume.pt").is_file() and recipe is not given)
+    resuming = processes.on_first(lambda: recipe is not given and (path / "resume.pt").is_file())
     plan = plan_training(recipe, store, truth)
-    _seed_all(recipe.seed)
+    if recipe is given:
+        recipe = resolved(recipe, plan, store)
+    seed_all(recipe.seed)
     detector = build_detector(recipe.detector, channels=plan.channels, classes=len(plan.classes), **recipe.model)
     check_needs(detector.needs, detector=recipe.detector)
     data = read_training(plan, recipe, store, detector.needs, progress)
@@ -161,12 +162,14 @@ def _train(
         _check_same_videos(state, data, path)
         trainer.load_state_dict(state)
     else:
-        _seed_all(recipe.seed, processes.rank)
+        seed_all(recipe.seed, processes.rank)
         processes.on_first(lambda: _write_head(path, recipe, given, plan, data, store, truth, processes))
     log = _Log(path / "log.txt" if processes.first else None)
     for message in [*plan.messages, *data.messages, *(f"left out: {f}" for f in plan.failures + data.failures)]:
         log(message)
-    log(f"{'resumed after' if state else 'begins:'} epoch {trainer.epoch} of {recipe.train.epochs}, {data.counts}")
+    begins = f"resumed after epoch {trainer.epoch}" if state is not None else f"begun on {processes.device}"
+    counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
+    log(f"{begins}, {processes.size} processes, {recipe.train.epochs} epochs; {counts}")
     try:
         _epochs(trainer, recipe, plan, data, store, path, log, progress)
     except KeyboardInterrupt:
@@ -181,87 +184,194 @@ def _train(
     return metrics
 
 
-class Trainer:
-    """A detector while it learns: its optimizer, averaged weights, and how far it is."""
+def resolved(recipe: DetectRecipe, plan: Plan, store: Store) -> DetectRecipe:
+    """The recipe with what its detector leaves to the data filled in, such as anchor scales (``Detector.resolve``)."""
+    fill = getattr(DETECTORS.get(recipe.detector), "resolve", None)
+    if fill is None:
+        return recipe
+    lengths = plan.lengths_rows(store, recipe.streams, recipe.data.row_spacing)
+    return recipe.model_copy(update={"model": fill(recipe.model, lengths)})
 
-    def __init__(self, detector: Detector, recipe: TrainRecipe, processes: World) -> None:
-        self.detector, self.recipe, self.processes = detector, recipe, processes
-        processes.copy_from_first(iter([*detector.parameters(), *detector.buffers()]))
-        self.parameters = [p for p in detector.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(detector, recipe)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.precision == "fp16")
-        self.average = None if recipe.ema is None else AveragedWeights(detector, recipe.ema)
-        self.epoch = 0  # finished epochs
-        self.history: list[dict[str, Any]] = []  # one row of metrics.csv each
-        self.best: dict[str, Any] | None = None
 
-    @property
-    def judged(self) -> nn.Module:
-        """The module whose weights are evaluated and kept: the averaged one with EMA."""
-        return self.detector if self.average is None else self.average.module
+def _epochs(
+    trainer: Trainer,
+    recipe: DetectRecipe,
+    plan: Plan,
+    data: TrainingSet,
+    store: Store,
+    path: Path,
+    log: _Log,
+    progress: ProgressFactory,
+) -> None:
+    """Train what is left, and after every epoch write all that a stop must not lose."""
+    processes, training = trainer.processes, recipe.train
+    dataset = VideoDataset(
+        store=store,
+        needs=trainer.detector.needs,
+        truth=data.train,
+        row_spacing=recipe.data.row_spacing,
+        max_rows=recipe.data.max_rows,
+        seed=recipe.seed,
+        cache=data.cache,
+    )
+    loader = EpochLoader(dataset, workers=recipe.data.workers, rank=processes.rank, world=processes.size)
+    per_epoch = math.ceil(len(dataset) / (training.batch_videos * training.accumulate))
+    with progress((training.epochs - trainer.epoch) * per_epoch, "train", "steps") as bar:
+        for epoch in range(trainer.epoch, training.epochs):
+            begin = time.perf_counter()
+            steps = epoch_steps(
+                len(dataset), batch=training.batch_videos, accumulate=training.accumulate, seed=recipe.seed, epoch=epoch
+            )
+            batches = loader.epoch(epoch, steps)
+            sums: dict[str, float] = {}
+            lr = training.lr
+            trainer.detector.train()
+            for index, step in enumerate(steps):
+                lr = training.lr * lr_factor(training, step=epoch * per_epoch + index, steps_per_epoch=per_epoch)
+                set_lr(trainer.optimizer, lr)
+                for name, value in trainer.step(step, batches).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                bar.advance(1, f"epoch {epoch + 1}/{training.epochs}")
+            next(batches, None)  # the loader's own end of the epoch
+            processes.sync_buffers(trainer.detector)
+            row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, **_means(processes.gathered(sums), len(dataset))}
+            due = (epoch + 1) % training.eval_every == 0 or epoch + 1 == training.epochs
+            if due and len(data.holdout_truth(plan)):
+                row |= _evaluate(trainer, recipe, plan, data, store)
+            row["seconds"] = round(time.perf_counter() - begin, 3)
+            trainer.history.append(row)
+            trainer.epoch = epoch + 1
+            _save(trainer, recipe, data, path)
+            told = (f"{k} {v:.4g}" for k, v in row.items() if k != "epoch" and not k.startswith("map_"))
+            log(f"epoch {epoch + 1}/{training.epochs}: {', '.join(told)}")
 
-    def step(self, step: Step, batches: Iterator[Batch | None]) -> dict[str, float]:
-        """One optimizer step over the batches of ``step``; returns the loss terms summed over this process's videos.
 
-        A batch of n videos weighs n / (videos of the step, in all processes), so that neither accumulation nor the number of
-        processes nor a short last batch changes what a video counts.
-        """
-        sums: dict[str, float] = {}
-        precision = AUTOCAST.get(self.recipe.precision)
-        for _ in step.batches:
-            batch = next(batches)
-            if batch is None:
-                continue
-            batch = batch.to(self.processes.device)
-            with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
-                terms = self.detector.loss(self.detector(batch), batch.targets or [])
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
-            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-            if not np.isfinite(values).all():
-                described = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values, strict=True))
-                raise self._diverged(f"the loss is not finite ({described}) on videos {', '.join(batch.videos)}")
-            if loss.requires_grad:
-                self.scaler.scale(loss * (len(batch) / step.videos)).backward()
-            for name, value in zip(terms, values, strict=True):
-                sums[name] = sums.get(name, 0.0) + value * len(batch)
-        self.processes.sum_gradients(self.parameters)
-        if any(p.grad is not None for p in self.parameters):
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or math.inf)
-            if not self.scaler.is_enabled() and not bool(torch.isfinite(norm)):
-                raise self._diverged("the gradient is not finite though the loss is")
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.detector)
-        return sums
+def _evaluate(trainer: Trainer, recipe: DetectRecipe, plan: Plan, data: TrainingSet, store: Store) -> dict[str, float]:
+    """mAP on the held-out videos, each process detecting in its share of them."""
+    processes = trainer.processes
+    module = trainer.judged
+    module.eval()
+    needs, spacing = trainer.detector.needs, recipe.data.row_spacing
+    mine, size = data.holdout[processes.rank :: processes.size], recipe.train.batch_videos
+    raw: list[Segments] = []
+    for group in (mine[i : i + size] for i in range(0, len(mine), size)):
+        samples = [data.cache.get(v) or read_sample(store, needs, v, row_spacing=spacing) for v in group]
+        raw += decoded(module, samples, device=processes.device)
+    tables = processes.gathered(suppressed_table(raw, recipe.postprocess, plan.classes))
+    found = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+    truth = data.holdout_truth(plan)
 
-    def _diverged(self, what: str) -> TadError:
-        return TadError(
-            f"epoch {self.epoch + 1}: {what}. Lower train.lr, set train.clip_norm or train.warmup_epochs, or look at these "
-            "videos' features and segments; the run can be resumed from the last finished epoch"
-        )
+    def score() -> dict[str, float]:
+        result = detection_map(truth, found, tiou=TIOU)
+        return {"average_map": float(result.average), **{f"map_{t:g}": float(v) for t, v in result.map.items()}}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that training needs to go on after an epoch: tensors and plain types."""
-        return {
-            "epoch": self.epoch,
-            "detector": self.detector.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": self.processes.gathered(_random_state()),
-            "history": self.history,
-            "best": self.best,
-        }
+    return processes.on_first(score)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        self.detector.load_state_dict(state["detector"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if len(state["random"]) == self.processes.size:
-            _set_random_state(state["random"][self.processes.rank])
+
+def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, path: Path) -> None:
+    """Checkpoints, then the state to resume from: a stop in between repeats the epoch and writes the same again."""
+    row = trainer.history[-1]
+    chosen = recipe.train.select == "last"
+    if recipe.train.select == "map" and "average_map" in row:
+        # Of equally good epochs the later one: it has seen more, and early ones tie at zero.
+        chosen = trainer.best is None or row["average_map"] >= trainer.best["average_map"]
+    if chosen:
+        trainer.best = row
+    state = trainer.state_dict() | {"train": list(data.train), "holdout": list(data.holdout)}
+
+    def write() -> None:
+        weights = trainer.judged.state_dict()
+        about = {"detector": recipe.detector, "epoch": trainer.epoch, "averaged": trainer.average is not None}
+        if chosen:
+            write_weights(path / "best.safetensors", weights, **about)
+        write_weights(path / "last.safetensors", weights, **about)
+        write_csv(path / "metrics.csv", trainer.history)
+        write_state(path / "resume.pt", state)
+
+    trainer.processes.on_first(write)
+
+
+def _write_head(
+    path: Path,
+    recipe: DetectRecipe,
+    given: DetectRecipe,
+    plan: Plan,
+    data: TrainingSet,
+    store: Store,
+    truth: Truth,
+    processes: World,
+) -> None:
+    """Everything of a run folder that is known before the first epoch; what an earlier run left there goes."""
+    if path.is_dir():
+        remove_run(path)
+    dump_recipe(path, recipe)
+    write_json(path / "classes.json", plan.classes)
+    env = environment(device=processes.device, seed=recipe.seed, world=processes.size)
+    env |= {
+        "store": {"path": str(store.path), "format": store.format},
+        "annotations": {"path": str(truth.path), "sha256": _sha256_of(truth)},
+        "recipe_as_given": given.model_dump(mode="json"),
+    }
+    write_json(path / "env.json", env)
+    features: dict[str, Any] = {}
+    video = next(iter(data.train))
+    for stream in recipe.streams:
+        attrs = {k: v for k, v in store.stream_attrs(stream).items() if not k.startswith("encoding-")}
+        feature = feature_of(store, LevelSpec(stream), video)
+        axis = feature.axis.pooled(recipe.data.row_spacing).to_dict()
+        features[stream] = attrs | {"channels": plan.channels[stream], "dtype": str(feature.dtype), "axis": axis}
+    failures = plan.failures + data.failures
+    if failures:
+        lines = (json.dumps(failure.__dict__, ensure_ascii=False) for failure in failures)
+        write_text(path / "failures.jsonl", "\n".join(lines) + "\n")
+    write_json(path / "features.json", features)  # last: with it the run can be resumed
+
+
+def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[str, Any]:
+    best, last = trainer.best or {}, trainer.history[-1]
+    return {
+        "detector": recipe.detector,
+        "epochs": trainer.epoch,
+        "select": recipe.train.select,
+        "best_epoch": best.get("epoch"),
+        "average_map": best.get("average_map"),
+        "map": {name.removeprefix("map_"): value for name, value in best.items() if name.startswith("map_")},
+        "last_average_map": last.get("average_map"),
+        "last_loss": last["loss"],
+        "parameters": sum(p.numel() for p in trainer.detector.parameters()),
+        "seconds": round(sum(row["seconds"] for row in trainer.history), 3),
+        "counts": data.counts,
+    }
+
+
+def _means(by_process: list[dict[str, float]], videos: int) -> dict[str, float]:
+    names = dict.fromkeys(name for sums in by_process for name in sums)
+    means = {f"loss_{name}": sum(sums.get(name, 0.0) for sums in by_process) / videos for name in names}
+    return {"loss": sum(means.values()), **means}
+
+
+def _check_same_videos(state: Mapping[str, Any], data: TrainingSet, path: Path) -> None:
+    for part, now in (("train", list(data.train)), ("holdout", data.holdout)):
+        more, less = sorted(set(now) - set(state[part])), sorted(set(state[part]) - set(now))
+        if more or less:
+            raise StoreError(
+                f"run {path} cannot be resumed: the store's usable videos are not those that it was begun with "
+                f"({part}: new {shown(more) or 'none'}; gone {shown(less) or 'none'}). Restore them, or overwrite"
+            )
+
+
+def _sha256_of(truth: Truth) -> str | None:
+    return sha256_of(truth.path) if truth.path and Path(truth.path).is_file() else None
+
+
+class _Log:
+    """Lines with their time into ``log.txt`` and to logging; silent in all processes but the first."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __call__(self, message: str) -> None:
+        if self.path is not None:
+            logger.info("%s", message)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{now_text()} {message}\n")

@@ -1,7 +1,7 @@
 """A video file as a row of frames with times: OpenCV's FFmpeg by default, PyAV for what OpenCV cannot decode (AV1).
 
-Both are read strictly in order, ``grab()`` then ``time_s()`` and, where the picture is wanted, ``retrieve()``. Seeking by
-frame number is wrong on variable-rate files and is not offered.
+Both are read strictly in order: ``grab()``, then ``time_s()`` and, where the picture is wanted, ``retrieve()``. Seeking
+by frame number is wrong on files of variable rate and is not offered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,14 +123,14 @@ class OpenCVDecoder:
 
 
 class PyAVDecoder:
-    """PyAV (extra ``video``); the rotation of the display matrix is applied here. Raises ``av.error.FFmpegError`` on opening."""
+    """PyAV (extra ``video``); the display matrix is applied here. Opening may raise ``av.error.FFmpegError``."""
 
     def __init__(self, path: str, *, threads: int) -> None:
         self._av = importlib.import_module("av")
         self.name = f"pyav {self._av.__version__}"
         self._container = self._av.open(path)
         streams = self._container.streams.video
-        self._stream = streams[0] if streams else None
+        self._stream: Any = streams[0] if streams else None
         self._frame: Any = None
         if self._stream is not None:
             self._stream.codec_context.thread_count = threads
@@ -142,7 +142,7 @@ class PyAVDecoder:
         """Kinds of the streams inside: ``video``, ``audio``, ``subtitle``, ``data``."""
         return [stream.type for stream in self._container.streams]
 
-    def _decoded(self) -> Iterator[Any]:
+    def _decoded(self) -> Generator[Any, None, None]:
         # Packet by packet, so that one damaged packet costs its own frames only, as with OpenCV.
         if self._stream is None:
             return
@@ -195,8 +195,8 @@ class PyAVDecoder:
 def open_decoder(path: str | Path, *, threads: int = 1) -> Decoder:
     """A decoder of ``path`` that stands on the first frame (already grabbed).
 
-    Raises :class:`VideoError`: missing, a directory, not readable, empty, not a video, only sound, no frame that decodes,
-    or a codec that OpenCV lacks while PyAV is not installed.
+    Raises :class:`VideoError`: missing, a directory, not readable, empty, not a video, only sound, no frame that
+    decodes, or a codec that OpenCV lacks while PyAV is not installed.
     """
     name = checked_path(path)
     first = OpenCVDecoder(name, threads=threads)
@@ -221,20 +221,20 @@ def open_decoder(path: str | Path, *, threads: int = 1) -> Decoder:
             return second
         streams = second.streams
         second.close()
-        raise VideoError(_frameless(path, streams, codec))
+        raise VideoError(_frameless(path, name, streams, codec))
     if codec is None:
         raise VideoError(f"{_unreadable(path, name)} With PyAV the reason can be told more closely: {INSTALL_PYAV}.")
     if codec.lower() in ("av01", "av1"):
         raise VideoError(f"{path}: {first.name} cannot decode AV1 ({codec}). Install PyAV, which can: {INSTALL_PYAV}.")
     raise VideoError(
-        f"{path}: {first.name} decodes no frame of its video stream (codec {codec}): no frames, damaged, or a codec that it lacks. "
-        f"Try PyAV: {INSTALL_PYAV}; otherwise copy or encode the file again."
+        f"{path}: {first.name} decodes no frame of its video stream (codec {codec}): there is none, it is damaged, or "
+        f"OpenCV lacks the codec. Try PyAV: {INSTALL_PYAV}; otherwise copy or encode the file again."
     )
 
 
 def checked_path(path: str | Path) -> str:
     """The absolute path of a regular, readable file that is not empty. Raises :class:`VideoError`."""
-    # Absolute, since FFmpeg takes "a:b.mp4" for a protocol; checked, since OpenCV crashes the process on names that are not UTF-8.
+    # Absolute, since FFmpeg takes "a:b.mp4" for a protocol; UTF-8, since OpenCV crashes the process on other names.
     name = os.path.abspath(path)
     try:
         name.encode("utf-8")
@@ -277,22 +277,28 @@ def _unreadable(path: str | Path, name: str) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         sound = "WAV"
     if sound is not None:
-        return f"{path}: only sound ({sound}), no video stream. Take it out of the list of videos."
+        return f"{path}: holds only sound ({sound}), no video stream. Take it out of the list of videos."
     if kind is not None:
         return (
-            f"{path}: begins like {kind}, but has no video stream that can be read: the file is cut off or damaged (an MP4 whose "
-            "index was never written), or holds only sound. Copy or download it again, or repair its container."
+            f"{path}: begins like {kind}, but has no readable video stream: it is cut off or damaged (an MP4 whose "
+            "index was never written), without a frame, or holds only sound. Copy or download it again."
         )
     return f"{path}: not a video: FFmpeg recognises no format in it. Check that this is the file you mean."
 
 
-def _frameless(path: str | Path, streams: list[str], codec: str | None) -> str:
+def _frameless(path: str | Path, name: str, streams: list[str], codec: str | None) -> str:
+    """Why there is no frame in a file whose streams are known (kinds as PyAV calls them)."""
     if "video" in streams:
         named = f" (codec {codec})" if codec else ""
-        return f"{path}: its video stream{named} has no frame that can be decoded: empty or damaged. Copy or encode the file again."
+        return (
+            f"{path}: its video stream{named} has no frame that can be decoded: it is empty or damaged. "
+            "Copy or encode the file again."
+        )
     if "audio" in streams:
-        return f"{path}: only sound, no video stream. Take it out of the list of videos."
-    return f"{path}: not a video: it holds {', '.join(sorted(set(streams))) or 'no streams'}. Take it out of the list of videos."
+        return f"{path}: holds only sound, no video stream. Take it out of the list of videos."
+    if "subtitle" in streams:
+        return f"{path}: not a video, but subtitles. Take it out of the list of videos."
+    return _unreadable(path, name)
 
 
 def _pyav_is_installed() -> bool:
@@ -306,7 +312,7 @@ def _pyav_is_installed() -> bool:
 def _quieten_opencv() -> None:
     """Keep FFmpeg's and OpenCV's chatter about broken files off the terminal, unless the user set their own levels.
 
-    Both are settings of the process: FFmpeg's is read from the environment at the first opening, OpenCV's holds at once.
+    Both are settings of the process: FFmpeg's is read from the environment at the first opening, OpenCV's acts at once.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     if "OPENCV_LOG_LEVEL" not in os.environ:

@@ -1,8 +1,8 @@
 """From a video file to uint8 RGB frames on a uniform time grid, in one pass and in bounded memory.
 
-Grid frame ``k`` is the decoded frame whose timestamp lies nearest to ``k / fps`` (the earlier of two at the same distance),
-so files of constant and of variable rate are treated alike and nothing is encoded again. Only what the decoder returns
-counts: the header's frame count is used to notice files that are cut off, never for a size.
+Grid frame ``k`` is the decoded frame whose timestamp lies nearest to ``k / fps`` (of two equally near the first), so
+that files of constant and of variable rate are treated alike and nothing is encoded again. Only what the decoder gives
+counts: the header's frame count serves to notice files that are cut off, never as a size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import numpy as np
 
 from tad.errors import RecipeError, VideoError
 from tad.extract.decoders import Decoder, checked_path, open_decoder
+from tad.extract.grid import Clock, GridPicker
 
-TIE_S = 1e-7  # distances to a grid time that differ by less are equal: timestamps are sums of rounded fractions
 MAX_HEADER_FPS = 240.0  # above it a header usually states a clock (600, 1000, 90000), not a rate: it is measured then
 MEASURED_FRAMES = 64
-MAX_GAP_S = 600.0  # a longer silence between two frames, past the header's end, is a damaged timestamp
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class VideoInfo:
     Attributes
     ----------
     width, height : pixels of the first frame, after rotation.
-    fps : average frame rate of the header; measured over the first frames where the header states none that can be meant.
+    fps : average frame rate of the header, measured over the first frames where the header's cannot be meant.
     header_frames, header_duration_s : what the header claims, ``None`` where it is silent. Not to be relied on.
     rotation_degrees : clockwise turn that was applied to make frames upright.
     codec : four-letter code. ``decoder`` : library and version, since pixels differ slightly between libraries.
@@ -56,7 +55,7 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Open ``path`` and decode its first frame, no more. Raises :class:`VideoError` when that cannot be done, saying why."""
+    """Open ``path`` and decode its first frame. Raises :class:`VideoError`, saying why, when that cannot be done."""
     decoder = open_decoder(path)
     try:
         return _info(path, decoder, None)
@@ -70,7 +69,7 @@ def source_of(path: str | Path) -> dict[str, str | int]:
     return {"name": os.path.basename(os.path.abspath(path)), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-# ---- size -------------------------------------------------------------------------------------------------------------
+# ---- size -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Plan:
     """Sizes for one video: frames are scaled to ``resized`` (height, width), the crop is the box inside it."""
@@ -86,9 +85,9 @@ class Plan:
 class Geometry:
     """Scale the short side to ``short_side`` pixels, then cut ``crop`` (height, width) at the centre; ``None``: no cut.
 
-    A crop that does not fit (a portrait video and 256x320) scales the frame up further until it is covered, so no border is
-    ever made up. Both sides are scaled by the same factor and rounded to the nearest pixel, halves up: 640x360 with a short
-    side of 256 becomes 455x256. Pixels are taken as square. Raises :class:`RecipeError` for sizes below 1.
+    A crop that does not fit (a portrait video and 256x320) scales the frame up further until it is covered, so that no
+    border is ever made up. Both sides are scaled by one factor and rounded to the nearest pixel, halves up: 640x360
+    with a short side of 256 becomes 455x256. Pixels are taken as square. Raises :class:`RecipeError` for sizes below 1.
     """
 
     short_side: int
@@ -113,84 +112,6 @@ def crop(frames: np.ndarray, plan: Plan) -> np.ndarray:
     return frames[..., plan.top : plan.top + plan.height, plan.left : plan.left + plan.width, :]
 
 
-# ---- time -------------------------------------------------------------------------------------------------------------
-class Clock:
-    """Raw timestamps → seconds since the first frame, strictly increasing.
-
-    A timestamp that is missing (NaN, or zero at the end of some AVIs), does not increase, or jumps ahead by more than ten
-    minutes past ``end_s`` is replaced by the previous one plus ``step_s`` and counted in ``repaired``. Without any usable
-    timestamp this counts frames: time = index * step.
-    """
-
-    def __init__(self, *, step_s: float, end_s: float = 0.0) -> None:
-        self.step_s, self.end_s = step_s, end_s
-        self.frames = self.repaired = 0
-        self.last_s = 0.0
-        self._first = 0.0
-
-    def tick(self, raw_s: float) -> float:
-        """Time of the next frame."""
-        if self.frames == 0:
-            self._first = raw_s if math.isfinite(raw_s) else 0.0
-            time_s = 0.0
-        else:
-            time_s = raw_s - self._first
-            if not self.last_s < time_s <= max(self.end_s, self.last_s + MAX_GAP_S):
-                time_s = self.last_s + self.step_s
-                self.repaired += 1
-        self.frames += 1
-        self.last_s = time_s
-        return time_s
-
-    @property
-    def duration_s(self) -> float:
-        """The last time plus one frame: the average spacing, or ``step_s`` for a single frame."""
-        return self.last_s + (self.last_s / (self.frames - 1) if self.frames > 1 else self.step_s)
-
-
-class GridPicker:
-    """Which decoded frame fills which grid time, decided while frames come: the nearest, of two equally near the earlier.
-
-    A frame's claim is settled by the frame after it, so a reader holds one frame back. ``finish`` fits the grid to the
-    duration: frame ``k`` stands for ``[k, k + 1) / fps`` and is kept when the video covers half of that.
-    """
-
-    def __init__(self, fps: float) -> None:
-        self.fps = fps
-        self.filled = 0  # grid frames that have found their decoded frame
-        self._last_s: float | None = None
-        self._spacing_s = 0.0
-
-    def advance(self, time_s: float) -> tuple[int, int]:
-        """A frame at ``time_s`` (the first at 0) → grid frames that the frame before it fills now, then those it fills."""
-        before = here = 0
-        while (grid_s := self.filled / self.fps) <= time_s:
-            if self._last_s is not None and grid_s - self._last_s <= time_s - grid_s + TIE_S:
-                before += 1
-            else:
-                here += 1
-            self.filled += 1
-        self._spacing_s = 0.0 if self._last_s is None else time_s - self._last_s
-        self._last_s = time_s
-        return before, here
-
-    def may_want_last(self) -> bool:
-        """Whether the last frame will fill the next grid time, if the next frame is as far away as the one before was.
-
-        With this a reader need not convert every frame when it takes every third; where the guess is wrong it goes back.
-        """
-        reach_s = max(0.5 * self._spacing_s, self._spacing_s - 0.5 / self.fps) + 0.1 * self._spacing_s
-        return self.filled / self.fps - (self._last_s or 0.0) <= reach_s
-
-    def finish(self, duration_s: float) -> tuple[int, int]:
-        """The grid's length ``max(1, round(duration * fps))``, and how many more times the last frame is wanted.
-
-        -1 : the last grid frame lies in the final half step and is to be dropped.
-        """
-        frames = max(1, round(duration_s * self.fps))
-        return frames, frames - self.filled
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 class FrameReader:
     """One pass over a video: iterate for uint8 RGB chunks (n, H, W, 3) of resized, uncropped frames at ``k / fps``.
@@ -200,8 +121,8 @@ class FrameReader:
 
     Parameters
     ----------
-    fps : rate of the grid; ``None``: the file's average rate, on which a file of constant rate comes back frame by frame.
-    decode_threads : threads of the decoder. ``None`` is one: with more, FFmpeg conceals damage differently on every run.
+    fps : rate of the grid; ``None``: the file's average rate, at which a file of constant rate comes back as it is.
+    decode_threads : threads of the decoder. ``None`` is one: with more, FFmpeg conceals damage differently in each run.
 
     Attributes
     ----------
@@ -247,7 +168,7 @@ class FrameReader:
         self.timestamps: Literal["pts", "index"] = "pts"
         self.notes: tuple[str, ...] = ()
         self.decode_s = perf_counter() - begun
-        self._begun = False
+        self._begun = self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +178,7 @@ class FrameReader:
 
     def close(self) -> None:
         """Let go of the file; nothing can be read after this."""
-        self._begun = True
+        self._begun = self._closed = True
         self._decoder.close()
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -297,6 +218,8 @@ class FrameReader:
             self._decoder.close()
 
     def _grab(self) -> bool:
+        if self._closed:
+            raise VideoError(f"{self.path}: the FrameReader was closed before its pass was over")
         begun = perf_counter()
         grabbed = self._decoder.grab()
         self.decode_s += perf_counter() - begun
@@ -333,8 +256,8 @@ class FrameReader:
                 f"{clock.repaired} of {clock.frames} timestamps are missing or do not increase: "
                 f"frames were counted at {info.fps:g} fps instead"
             )
-        # A header's count may be of something else (ticks in some AVI, a nominal rate in MKV) and its duration may include
-        # an offset, so that a file is called cut off only where frames and seconds are both missing.
+        # A header's count may be of something else (ticks in some AVI, frames at a nominal rate in MKV) and its
+        # duration may include an offset: a file is called cut off only where frames and seconds are both missing.
         missing_s = header_end_s - clock.duration_s
         missing_frames = math.inf if info.header_frames is None else info.header_frames - clock.frames
         if min(missing_s * info.fps, missing_frames) > max(2.0, 0.02 * header_end_s * info.fps):
@@ -381,7 +304,8 @@ def _info(path: str | Path, decoder: Decoder, fps: float | None) -> VideoInfo:
     rate = header.fps if 0 < header.fps <= MAX_HEADER_FPS else _measured_rate(path) or fps
     if rate is None:
         raise VideoError(
-            f"{path}: neither its header (rate {header.fps:g}) nor its timestamps tell the frame rate. Give one, such as --fps 25"
+            f"{path}: neither its header (rate {header.fps:g}) nor its timestamps tell the frame rate. "
+            "Give one, such as --fps 25"
         )
     return VideoInfo(
         path=os.fspath(path),

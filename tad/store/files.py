@@ -1,7 +1,7 @@
-"""Named bytes with atomic writes: a folder (:class:`LocalFiles`) or anything that fsspec reaches (:class:`RemoteFiles`).
+"""Named bytes with atomic writes, and the folder that holds them; ``remote.py`` has the same behind a URL.
 
-Keys are relative paths with ``/``. Whole trees (an entry of a Zarr store) are committed so that no reader ever sees a part:
-locally by renaming a finished folder, remotely by putting the key that makes the tree visible last.
+Keys are relative paths with ``/``. Whole trees (an entry of a Zarr store) are committed so that no reader ever sees a
+part: here by renaming a finished folder, remotely by putting the key that makes the tree visible last.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from tad.errors import StoreError
-
 Mode = Literal["r", "a"]
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.(tmp|partial)$")  # ours, and zarr-python's own
-WORK_FOLDER = re.compile(r"__[0-9a-f]{32}\.tmp$")  # where local trees are made and thrown away; ids never begin with "__"
+WORK_FOLDER = re.compile(
+    r"__[0-9a-f]{32}\.tmp$"
+)  # where local trees are made and thrown away; ids never begin with "__"
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class Found(NamedTuple):
-    """One thing below a prefix: its key, when it was last written (seconds since 1970, None if unknown), whether a folder."""
+    """One thing below a prefix: its key, when it was last written (seconds since 1970, None if unknown)."""
 
     key: str
     written: float | None
@@ -40,10 +40,11 @@ class Files(Protocol):
     def write(self, key: str, data: bytes) -> None: ...
     def write_new(self, key: str, data: bytes) -> bool: ...
     def delete(self, key: str) -> None: ...
-    def stamp(self, key: str) -> Hashable | None: ...
+    def stamp(self, key: str) -> tuple[int, ...] | None: ...
     def names(self, prefix: str, marker: str) -> list[str]: ...
     def folders(self) -> list[str]: ...
     def tree(self, prefix: str) -> Iterator[Found]: ...
+    def loose(self) -> list[Found]: ...
     def commit(self, prefix: str, items: Mapping[str, Any]) -> None: ...
     def remove(self, prefix: str, marker: str, *, unless_committed: bool = False) -> None: ...
 
@@ -95,7 +96,7 @@ class LocalFiles:
     def delete(self, key: str) -> None:
         Path(self.where(key)).unlink(missing_ok=True)
 
-    def stamp(self, key: str) -> Hashable | None:
+    def stamp(self, key: str) -> tuple[int, ...] | None:
         """What tells one version of ``key`` from the next; None when it is absent."""
         try:
             status = os.stat(self.where(key))
@@ -128,10 +129,15 @@ class LocalFiles:
                     continue
                 yield Found(os.path.relpath(path, self.root).replace(os.sep, "/"), written, name in folders)
 
+    def loose(self) -> list[Found]:
+        """The files that lie in the root itself."""
+        with os.scandir(self.root) as found:
+            return [Found(item.name, item.stat().st_mtime) for item in found if item.is_file()]
+
     def commit(self, prefix: str, items: Mapping[str, Any]) -> None:
         """Make ``prefix`` hold exactly ``items`` (relative key → buffer), at once, in place of whatever is there.
 
-        The tree is written beside its target and renamed. Of several processes that do this, the last one stands, whole.
+        The tree is written beside its target and renamed. Of several processes that do this, the last one stands.
         """
         target = self.where(prefix)
         work = self._work_folder(os.path.dirname(target))
@@ -217,121 +223,6 @@ def sync_path(path: str) -> None:
         os.close(descriptor)
 
 
-class RemoteFiles:
-    """A URL that fsspec understands. Each put is atomic, as object stores have it; there is nothing across keys."""
-
-    stamps_are_cheap = False
-
-    def __init__(self, url: str, *, storage_options: Mapping[str, Any] | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.storage_options = dict(storage_options or {})
-        self.fs, self.root = self._connect()
-
-    def _connect(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        scheme = self.url.split("://")[0]
-        try:
-            fs, root = url_to_fs(self.url, **self.storage_options)
-        except ImportError as error:
-            extra = "pip install 'tad-pipeline[s3]'" if scheme in ("s3", "s3a") else f"install it: {error}"
-            raise StoreError(f"{self.url}: reading {scheme}:// needs a package that is not installed; {extra}") from error
-        except ValueError as error:
-            raise StoreError(f"{self.url}: not a URL that can hold a store: {error}") from error
-        return fs, root.rstrip("/")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "storage_options": self.storage_options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.url, self.storage_options = state["url"], state["storage_options"]
-        self.fs, self.root = self._connect()
-
-    def where(self, key: str) -> str:
-        return f"{self.url}/{key}" if key else self.url
-
-    def _path(self, key: str) -> str:
-        return f"{self.root}/{key}" if key else self.root
-
-    def read(self, key: str) -> bytes | None:
-        try:
-            return bytes(self.fs.cat_file(self._path(key)))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-
-    def write(self, key: str, data: Any) -> None:
-        self.fs.pipe_file(self._path(key), bytes(data))
-
-    def write_new(self, key: str, data: bytes) -> bool:
-        if self.fs.exists(self._path(key)):
-            return False
-        self.write(key, data)
-        return True
-
-    def delete(self, key: str) -> None:
-        try:
-            self.fs.rm_file(self._path(key))
-        except FileNotFoundError:
-            return
-
-    def stamp(self, key: str) -> Hashable | None:
-        self.fs.invalidate_cache()
-        return True if self.fs.exists(self._path(key)) else None
-
-    def names(self, prefix: str, marker: str) -> list[str]:
-        if not prefix:  # few folders with very much below them
-            return [name for name in self.folders() if self.fs.exists(self._path(f"{name}/{marker}"))]
-        depth = len(prefix.split("/")) + 2
-        keys = (found.key.split("/") for found in self.tree(prefix))
-        return [parts[-2] for parts in keys if len(parts) == depth and parts[-1] == marker]
-
-    def folders(self) -> list[str]:
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self.root, detail=True)
-        except FileNotFoundError:
-            return []
-        return [item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory"]
-
-    def tree(self, prefix: str) -> Iterator[Found]:
-        self.fs.invalidate_cache()
-        try:
-            details = self.fs.find(self._path(prefix), detail=True)
-        except FileNotFoundError:
-            return
-        for path, detail in details.items():
-            yield Found(path[path.index(self.root) + len(self.root) + 1 :], _written(detail))
-
-    def commit(self, prefix: str, items: Mapping[str, Any]) -> None:
-        """Make ``prefix`` hold exactly ``items``, in their order: the last key is the one that makes it visible.
-
-        Writers of the same entry that put different bytes may leave a mixture, which ``verify`` finds by its SHA-256.
-        """
-        visible = list(items)[-1]
-        self.delete(f"{prefix}/{visible}")
-        for stale in {found.key for found in self.tree(prefix)} - {f"{prefix}/{key}" for key in items}:
-            self.delete(stale)
-        for key, data in items.items():
-            self.write(f"{prefix}/{key}", data)
-
-    def remove(self, prefix: str, marker: str, *, unless_committed: bool = False) -> None:
-        if unless_committed and self.stamp(f"{prefix}/{marker}") is not None:
-            return
-        self.delete(f"{prefix}/{marker}")
-        for found in list(self.tree(prefix)):
-            self.delete(found.key)
-
-
-def _written(detail: Mapping[str, Any]) -> float | None:
-    for key in ("LastModified", "mtime", "modified", "updated", "created", "last_modified"):
-        value = detail.get(key)
-        if hasattr(value, "timestamp"):
-            return float(value.timestamp())
-        if isinstance(value, int | float):
-            return float(value)
-    return None
-
-
 def is_older(written: float | None, age_s: float) -> bool:
-    """Whether something was last written more than ``age_s`` seconds ago; an unknown time counts only for ``age_s <= 0``."""
+    """Whether something was written more than ``age_s`` seconds ago; an unknown time only if ``age_s <= 0``."""
     return age_s <= 0 or (written is not None and time.time() - written > age_s)

@@ -15,6 +15,7 @@ import numpy as np
 
 from tad._version import __version__
 from tad.errors import StoreError
+from tad.store.fingerprint import canonical_json, fingerprint_of, plain
 from tad.timeline import TimeAxis
 
 ENCODING_VERSION = "1.0"
@@ -43,12 +44,22 @@ DAMAGE = (
 )
 
 
+class Damaged(ValueError):
+    """Something stored is missing or not what its entry says; the caller adds where and what to do."""
+
+
+def describe(error: BaseException) -> str:
+    """What a decoder complained of, in one line."""
+    text = " ".join(str(error).split()) or "no details"
+    return text if isinstance(error, Damaged) else f"{type(error).__name__}: {text}"
+
+
 @dataclass(frozen=True)
 class Level:
     """One temporal resolution of one video, as it is written.
 
-    ``array`` is (T, C) or (T, C, ...) with the rows first; ``axis`` says where the rows lie in time. The rest records where
-    they came from: lengths in frames of the grid at ``fps``, ``None`` where that does not apply.
+    ``array`` is (T, C) or (T, C, ...) with the rows first; ``axis`` says where the rows lie in time. The rest records
+    where they came from: lengths in frames of the grid at ``fps``, ``None`` where that does not apply.
     """
 
     array: np.ndarray
@@ -59,65 +70,7 @@ class Level:
     num_frames_used: int | None = None
 
 
-# ---- plain values and fingerprints --------------------------------------------------------------------------------------
-def plain(value: Any, *, where: str) -> Any:
-    """``value`` as JSON has it: dicts with string keys, lists, strings, finite numbers, booleans, None; NumPy scalars become
-    Python's. Raises :class:`StoreError` naming the place of anything else."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, np.generic) and not isinstance(value, np.floating) and value.dtype.kind in "biu":
-        return value.item()
-    if isinstance(value, float | np.floating):
-        if not math.isfinite(value):
-            raise StoreError(f"{where} is {value}; only finite numbers can be stored")
-        return float(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise StoreError(f"{where} has the key {key!r}; keys must be strings")
-        return {key: plain(item, where=f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, where=f"{where}[{i}]") for i, item in enumerate(value)]
-    raise StoreError(f"{where} is a {type(value).__name__}; only plain values (text, numbers, lists, dicts) can be stored")
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one UTF-8 JSON text of a plain value: keys sorted, no spaces, nothing escaped that need not be."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def fingerprint_of(spec: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the canonical JSON of an extraction recipe; equal for equal recipes, whatever the order of keys.
-
-    Raises
-    ------
-    StoreError : the recipe holds NaN, infinity or something that JSON cannot say.
-    """
-    return hashlib.sha256(canonical_json(plain(spec, where="spec"))).hexdigest()
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
-
-
-def spec_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Every field in which two recipes differ, as ``field: stored X, now Y``; ``30`` and ``30.0`` do not differ."""
-    old, new = dict(_leaves(dict(stored), "")), dict(_leaves(dict(wanted), ""))
-    lines = []
-    for field in sorted(old.keys() | new.keys()):
-        values = [json.dumps(side[field], ensure_ascii=False) if field in side else "nothing" for side in (old, new)]
-        equal = field in old and field in new and old[field] == new[field]
-        if values[0] != values[1] and not (equal and isinstance(old[field], bool) == isinstance(new[field], bool)):
-            lines.append(f"{field}: stored {values[0]}, now {values[1]}")
-    return lines
-
-
-# ---- attributes ---------------------------------------------------------------------------------------------------------
+# ---- attributes ----------------------------------------------------------------------------------
 def store_attrs() -> dict[str, Any]:
     return {"encoding-type": STORE, "encoding-version": ENCODING_VERSION, "created_by": f"tad {__version__}"}
 
@@ -165,6 +118,8 @@ def _extra(values: Mapping[str, Any] | None, taken: frozenset[str], *, where: st
     values = dict(values or {})
     if clash := sorted(taken & values.keys()):
         raise StoreError(f"{where} may not hold {', '.join(clash)}: the store writes these itself")
+    if bad := [key for key in values if not isinstance(key, str) or not key or "\0" in key or key == "json-attrs"]:
+        raise StoreError(f"{where} has the key {bad[0]!r}, which cannot be the name of an attribute")
     return dict(plain(values, where=where))
 
 
@@ -192,14 +147,17 @@ def check_encoding(attrs: Any, kind: str, *, where: str) -> dict[str, Any]:
     """``attrs`` when they are those of a ``kind`` that this version reads, else :class:`StoreError`."""
     found = attrs.get("encoding-type") if isinstance(attrs, dict) else None
     if found != kind:
-        raise StoreError(f"{where}: expected the attribute encoding-type={kind!r}, found {found!r}; this was not written by tad")
+        raise StoreError(
+            f"{where}: expected the attribute encoding-type={kind!r}, found {found!r}; this was not written by tad"
+        )
     version = str(attrs.get("encoding-version"))
     major = version.split(".")[0]
     if not major.isdigit():
         raise StoreError(f"{where}: encoding-version {version!r} cannot be understood")
     if int(major) > int(ENCODING_VERSION.split(".")[0]):
         raise StoreError(
-            f"{where}: written with encoding-version {version}, this tad ({__version__}) reads up to {ENCODING_VERSION}; upgrade tad"
+            f"{where}: written with encoding-version {version}, this tad ({__version__}) reads up to "
+            f"{ENCODING_VERSION}; upgrade tad"
         )
     return attrs
 
@@ -213,7 +171,38 @@ def parse_attrs(data: bytes, kind: str, *, where: str) -> dict[str, Any]:
     return check_encoding(attrs, kind, where=where)
 
 
-# ---- arrays -------------------------------------------------------------------------------------------------------------
+_REQUIRED = ENTRY_KEYS - {"video", "attrs_sha256"}  # what the published layout promises; the rest is ours
+
+
+def checked_entry(attrs: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """``attrs`` when they are those of an entry, as far as reading needs it; else :class:`StoreError`."""
+    try:
+        if lacking := sorted(_REQUIRED - attrs.keys()):
+            raise Damaged(f"lacks {', '.join(lacking)}")
+        if (
+            not attrs["levels"]
+            or not isinstance(attrs["source"], dict)
+            or not isinstance(attrs["duration_s"], float | int)
+        ):
+            raise Damaged("levels, source or duration_s are not what they should be")
+        for level in attrs["levels"]:
+            level_axis(level)
+            np.dtype(level["dtype"])
+            if not isinstance(attrs["sha256"][level["path"]], str) or not all(
+                type(n) is int and n > 0 for n in level["shape"]
+            ):
+                raise Damaged(f"level {level['path']} has the shape {level['shape']}")
+            if (
+                len(level["shape"]) < 2
+                or not {"stride_frames", "window_frames", "fps", "num_frames_used"} <= level.keys()
+            ):
+                raise Damaged(f"level {level['path']} lacks attributes")
+    except DAMAGE as error:
+        raise StoreError(f"{where}: damaged attributes: {describe(error)}") from error
+    return attrs
+
+
+# ---- arrays --------------------------------------------------------------------------------------
 _LEVEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -224,7 +213,9 @@ def checked_levels(levels: Mapping[str, Level], *, where: str) -> dict[str, Leve
     result = {}
     for path, level in sorted(levels.items(), key=lambda item: (item[1].axis.scale_s, item[0])):
         if not _LEVEL_NAME.fullmatch(path):
-            raise StoreError(f"{where}: level {path!r} must be a name of letters, digits, '_' and '-', such as 'features' or 's2'")
+            raise StoreError(
+                f"{where}: level {path!r} must be a name of letters, digits, '_' and '-', such as 'features' or 's2'"
+            )
         array = checked_array(level.array, where=f"{where}, level {path}")
         result[path] = Level(
             array, level.axis, level.stride_frames, level.window_frames, level.fps, level.num_frames_used
@@ -233,21 +224,27 @@ def checked_levels(levels: Mapping[str, Level], *, where: str) -> dict[str, Leve
 
 
 def checked_array(array: Any, *, where: str) -> np.ndarray:
-    """``array`` contiguous and little-endian, copied only if it is not; (T, C, ...), T and C at least 1, finite numbers.
+    """``array`` contiguous and little-endian, copied only if it is not: (T, C, ...), none of them 0, finite.
 
     NaN and infinity are refused: they poison every network, and NaN is the fill value by which a lost chunk is told.
     """
     array = np.asarray(array)
     if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
-        raise StoreError(f"{where}: features of type {array.dtype} cannot be stored; use float16/32/64 or an integer type")
+        raise StoreError(
+            f"{where}: features of type {array.dtype} cannot be stored; use float16/32/64 or an integer type"
+        )
     if array.ndim < 2 or 0 in array.shape:
-        raise StoreError(f"{where}: expected rows first, (T, C) or (T, C, ...), none of them 0; got the shape {array.shape}")
+        raise StoreError(
+            f"{where}: expected rows first, (T, C) or (T, C, ...), none of them 0; got the shape {array.shape}"
+        )
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     if array.dtype.kind == "f":
         for start, block in _row_blocks(array):
             if not np.isfinite(block).all():
                 bad = np.flatnonzero(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
-                raise StoreError(f"{where}: row {start + int(bad[0])} of {len(array)} holds NaN or infinity; features must be finite")
+                raise StoreError(
+                    f"{where}: row {start + int(bad[0])} of {len(array)} holds NaN or infinity; features must be finite"
+                )
     return array
 
 
@@ -261,7 +258,7 @@ def sha256_of(blocks: Any) -> str:
     """SHA-256 (hex) of the raw little-endian bytes of arrays that follow one another."""
     digest = hashlib.sha256()
     for block in blocks:
-        digest.update(memoryview(np.ascontiguousarray(block)).cast("B"))
+        digest.update(np.ascontiguousarray(block).data)
     return digest.hexdigest()
 
 
@@ -272,8 +269,10 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def dimension_names(level: str, ndim: int) -> tuple[str, ...]:
-    """``time, channel`` and, for maps, ``height, width``; other levels than ``features`` carry their name behind, so that
-    levels of different length can lie in one xarray Dataset."""
+    """``time, channel`` and, for maps, ``height, width``; behind it the level's name unless that is ``features``.
+
+    So levels of different length lie in one xarray Dataset.
+    """
     rest = ("height", "width") if ndim == 4 else tuple(f"axis{i}" for i in range(2, ndim))
     names = ("time", "channel", *rest)
     return names if level == SINGLE else tuple(f"{name}_{level}" for name in names)

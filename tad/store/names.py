@@ -21,12 +21,12 @@ def _escape(character: str) -> str:
 def encode_name(name: str, what: str = "id") -> str:
     """The name under which the stream or video ``name`` is stored.
 
-    Encoded are control characters, ``% / \\ : * ? " < > |``, a leading ``.`` or ``__`` (reserved for the store itself), a
-    trailing dot or space, and the file names that the layout uses. Everything else, other scripts included, stays as it is.
+    Encoded are control characters, ``% / \\ : * ? " < > |``, a leading ``.`` or ``__`` (reserved for the store itself),
+    a trailing dot or space, and the file names that the layout uses. Everything else, other scripts included, stays.
 
     Raises
     ------
-    StoreError : the name is empty, not valid Unicode, or longer than 200 bytes once encoded; ``what`` says what it names.
+    StoreError : the name is empty, not valid Unicode, or longer than 200 bytes once encoded; ``what`` names its kind.
     """
     if not isinstance(name, str) or not name:
         raise StoreError(f"a {what} must be a non-empty string, got {name!r}")
@@ -41,7 +41,8 @@ def encode_name(name: str, what: str = "id") -> str:
         raise StoreError(f"{what} {name!r} is not valid Unicode; rename the file that it comes from") from None
     if length > MAX_NAME_BYTES:
         raise StoreError(
-            f"{what} {name[:60]!r}... takes {length} bytes as a file name, at most {MAX_NAME_BYTES} are possible; use a shorter one"
+            f"{what} {name[:60]!r}... takes {length} bytes as a file name, at most {MAX_NAME_BYTES} are possible; "
+            "use a shorter one"
         )
     return safe
 

@@ -13,21 +13,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from tad.errors import StoreError
-from tad.store.files import TEMPORARY, WORK_FOLDER, Files, Found, LocalFiles, RemoteFiles, is_older
-from tad.store.layout import DAMAGE, ENTRY, STORE, STREAM, chunk_rows, dimension_names, parse_attrs
+from tad.store.files import TEMPORARY, WORK_FOLDER, Files, Found, LocalFiles, is_older
+from tad.store.layout import (
+    DAMAGE,
+    ENTRY,
+    STORE,
+    STREAM,
+    Damaged,
+    check_encoding,
+    chunk_rows,
+    describe,
+    dimension_names,
+)
 from tad.store.names import decode_name
+from tad.store.remote import RemoteFiles
 
 _NODE = "zarr.json"
 
 
 class ZarrRows:
-    """The rows of one stored level; :meth:`read` gives them as they were written or raises :class:`StoreError`."""
+    """The rows of one stored level; :meth:`read` gives them as they were written or raises one of ``DAMAGE``."""
 
     def __init__(self, files: Files, array: Any, key: str, *, look_each_time: bool) -> None:
         self.files, self.array, self.key, self.look_each_time = files, array, key, look_each_time
@@ -36,31 +47,32 @@ class ZarrRows:
     def _look(self) -> None:
         # Zarr hands out the fill value where an object is missing, in silence before zarr-python 3.2.
         if self.files.stamp(self.key) is None:
-            raise StoreError(f"{self.files.where(self.key)} is missing")
+            raise Damaged(f"{self.files.where(self.key)} is missing")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self.look_each_time:
             self._look()
         rows = np.asarray(self.array[start:stop])
         if rows.dtype.kind == "f" and np.isnan(rows.reshape(len(rows), -1)[:, 0]).any():
-            raise StoreError(f"{self.files.where(self.key)} lacks a chunk of the rows {start} to {stop}")
+            raise Damaged(f"{self.files.where(self.key)} lacks a chunk of the rows {start} to {stop}")
         return rows
 
 
 class ZarrBackend:
     """Names here are encoded ones; ids are the business of :class:`tad.store.api.Store`."""
 
-    format = "zarr"
+    format: Literal["zarr", "hdf5"] = "zarr"
     cached_entries = 512
 
     def __init__(self, files: LocalFiles | RemoteFiles) -> None:
         self.files = files
         self.stamps_are_cheap = files.stamps_are_cheap
+        self._opened: Any = None
 
     def where(self, stream: str = "", video: str = "") -> str:
         return self.files.where("/".join(part for part in (stream, video) if part))
 
-    # ---- root and streams ------------------------------------------------------------------------------------------------
+    # ---- root and streams ------------------------------------------------------------------------
     def root_attrs(self) -> dict[str, Any] | None:
         return self._attrs("", STORE)
 
@@ -84,11 +96,11 @@ class ZarrBackend:
         data = self.files.read(f"{prefix}/{_NODE}" if prefix else _NODE)
         return None if data is None else _group_attrs(data, kind, where=self.files.where(prefix))
 
-    # ---- entries ---------------------------------------------------------------------------------------------------------
+    # ---- entries ---------------------------------------------------------------------------------
     def videos(self, stream: str) -> list[str]:
         return self.files.names(stream, _NODE)
 
-    def stamp(self, stream: str, video: str) -> Hashable | None:
+    def stamp(self, stream: str, video: str) -> tuple[int, ...] | None:
         return self.files.stamp(f"{stream}/{video}/{_NODE}")
 
     def entry_attrs(self, stream: str, video: str) -> dict[str, Any] | None:
@@ -104,15 +116,15 @@ class ZarrBackend:
         self.files.remove(f"{stream}/{video}", _NODE)
 
     def open_rows(self, stream: str, video: str, level: str, shape: tuple[int, ...], dtype: str) -> ZarrRows:
-        """The stored array, which must have this shape and dtype. Raises :class:`StoreError` or one of ``DAMAGE``."""
+        """The stored array, which must have this shape and dtype. Raises one of ``DAMAGE``."""
         import zarr
 
         key = f"{stream}/{video}/{level}"
         array = zarr.open_array(self._zarr_store(), path=key, mode="r")
         if tuple(array.shape) != shape or array.dtype.name != dtype:
-            raise StoreError(f"{self.files.where(key)} is {array.dtype} {array.shape}, its entry says {dtype} {shape}")
+            raise Damaged(f"{self.files.where(key)} is {array.dtype} {array.shape}, its entry says {dtype} {shape}")
         if tuple(array.metadata.dimension_names or ()) != dimension_names(level, len(shape)):
-            raise StoreError(f"{self.files.where(key)} has the dimension names {array.metadata.dimension_names}")
+            raise Damaged(f"{self.files.where(key)} has the dimension names {array.metadata.dimension_names}")
         return ZarrRows(self.files, array, f"{key}/{_chunk_key(len(shape))}", look_each_time=self.stamps_are_cheap)
 
     def stored_levels(self, stream: str, video: str) -> set[str]:
@@ -123,20 +135,26 @@ class ZarrBackend:
     def _zarr_store(self) -> Any:
         from zarr.storage import FsspecStore, LocalStore
 
-        if isinstance(self.files, LocalFiles):
-            return LocalStore(self.files.root, read_only=True)
-        return FsspecStore.from_url(self.files.url, storage_options=self.files.storage_options, read_only=True)
+        if self._opened is None:
+            files = self.files
+            if isinstance(files, LocalFiles):
+                self._opened = LocalStore(files.root, read_only=True)
+            else:
+                self._opened = FsspecStore.from_url(files.url, storage_options=files.storage_options, read_only=True)
+        return self._opened
 
-    def forget_handles(self) -> None:
-        """Nothing is held open between reads."""
+    def forget(self, stream: str = "", video: str = "") -> None:
+        """No handle is held open between reads."""
 
     def link(self) -> None:
         """Nothing is derived from the entries but the catalogue."""
 
-    # ---- what crashes leave behind ---------------------------------------------------------------------------------------
+    # ---- what crashes leave behind ---------------------------------------------------------------
     def litter(self, min_age_s: float) -> list[str]:
-        """Keys of temporary files, work folders and uncommitted entries that were left alone for ``min_age_s`` seconds."""
-        found = [item.key for item in self._root_files() if TEMPORARY.search(item.key) and is_older(item.written, min_age_s)]
+        """Keys of temporary files, work folders and uncommitted entries not touched for ``min_age_s`` seconds."""
+        found = [
+            item.key for item in self.files.loose() if TEMPORARY.search(item.key) and is_older(item.written, min_age_s)
+        ]
         for stream in self.streams():
             committed = set(self.videos(stream))
             parts: dict[str, list[Found]] = {}
@@ -149,10 +167,6 @@ class ZarrBackend:
                     found.append(f"{stream}/{name}")
         return sorted(found)
 
-    def _root_files(self) -> Iterator[Found]:
-        if isinstance(self.files, LocalFiles):  # remote puts leave no temporary files
-            yield from self.files.files_of("")
-
     def remove_litter(self, key: str) -> None:
         if TEMPORARY.search(key) and not WORK_FOLDER.search(key):
             self.files.delete(key)
@@ -161,14 +175,14 @@ class ZarrBackend:
 
 
 def _is_litter(name: str, items: list[Found]) -> bool:
-    """Whether an uncommitted thing in a stream's folder is ours: a temporary file, a work folder, or parts of an entry."""
+    """Whether an uncommitted thing in a stream is ours: a temporary file, a work folder, or parts of an entry."""
     if TEMPORARY.search(name) or WORK_FOLDER.fullmatch(name):
         return True
     if decode_name(name) is None:
         return False
     files = [item.key.split("/")[2:] for item in items if not item.is_folder]
     ours = all(
-        len(rest) == 2 and (rest[1] == _NODE or rest[1].startswith("c.")) or (rest and TEMPORARY.search(rest[-1]))
+        (len(rest) == 2 and (rest[1] == _NODE or rest[1].startswith("c."))) or (rest and TEMPORARY.search(rest[-1]))
         for rest in files
     )
     return ours and all(item.is_folder for item in items if item.key.count("/") == 1)
@@ -183,8 +197,8 @@ def _group_attrs(data: bytes, kind: str, *, where: str) -> dict[str, Any]:
         node = json.loads(data)
         attrs = node["attributes"] if node["node_type"] == "group" and node["zarr_format"] == 3 else None
     except DAMAGE as error:
-        raise StoreError(f"{where}/{_NODE} is not the metadata of a Zarr group ({type(error).__name__}: {error})") from error
-    return parse_attrs(json.dumps(attrs).encode(), kind, where=where)
+        raise StoreError(f"{where}/{_NODE} is not the metadata of a Zarr group ({describe(error)})") from error
+    return check_encoding(attrs, kind, where=where)
 
 
 def _chunk_key(ndim: int) -> str:

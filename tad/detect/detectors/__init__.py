@@ -1,0 +1,36 @@
+"""The detectors, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from tad.detect.detectors.talnet import TALNet
+from tad.detect.interface import Detector
+from tad.errors import RecipeError, did_you_mean
+
+DETECTORS: dict[str, type[Detector]] = {
+    "talnet": TALNet,
+}
+
+
+def build_detector(name: str, *, channels: dict[str, int], classes: int, **model: Any) -> Detector:
+    """The detector ``name`` for streams of these widths and this many classes; ``model`` are its own keyword arguments.
+
+    Parameters
+    ----------
+    channels : stream → width of its rows, in the recipe's order.
+    classes : how many classes there are.
+
+    Raises
+    ------
+    RecipeError : an unknown detector or keyword (with what was probably meant), or values that the detector refuses.
+    """
+    if name not in DETECTORS:
+        raise RecipeError(f"unknown detector '{name}'.{did_you_mean(name, DETECTORS)}")
+    detector = DETECTORS[name]
+    known = [key for key in inspect.signature(detector).parameters if key not in ("channels", "classes")]
+    unknown = [f"'{key}'.{did_you_mean(key, known)}" for key in model if key not in known]
+    if unknown:
+        raise RecipeError(f"detector '{name}' has no model option " + " Nor ".join(unknown))
+    return detector(channels=channels, classes=classes, **model)

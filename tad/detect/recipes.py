@@ -1,0 +1,72 @@
+"""Recipes as a command gives them: a detector's defaults or a file, then ``--set``, then flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tad.detect.detectors import DETECTORS
+from tad.detect.runs import Run
+from tad.errors import RecipeError, did_you_mean
+from tad.recipe import DetectRecipe, PostprocessRecipe, apply_sets, load_mapping, validated
+
+# What a detector is trained with when it is named without a recipe file: for data of which nothing is known.
+DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "talnet": {
+        "model": {"anchor_scales": "auto"},
+        "train": {
+            "epochs": 30,
+            "batch_videos": 4,
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "weight_decay": 0.01,
+            "schedule": "cosine",
+            "warmup_epochs": 1,
+            "clip_norm": 1.0,
+            "ema": 0.99,
+        },
+        "postprocess": {"method": "soft_nms", "sigma": 0.5},
+    },
+}
+
+
+def detect_recipe(
+    name: str | None = None,
+    *,
+    file: str | Path | None = None,
+    streams: Sequence[str] | None = None,
+    sets: Iterable[str] = (),
+    seed: int | None = None,
+) -> DetectRecipe:
+    """The recipe that ``tad train-detector`` runs: defaults < file < ``sets`` < ``streams`` and ``seed``.
+
+    Raises
+    ------
+    RecipeError : neither a detector nor a file, both and they disagree, an unknown detector, no streams, unknown keys.
+    """
+    if file is not None:
+        data, where = load_mapping(file), str(file)
+        if name is not None and data.get("detector", name) != name:
+            raise RecipeError(f"{file} is a recipe of '{data['detector']}', not of '{name}': leave one of them out")
+        data.setdefault("detector", name)
+    elif name is not None:
+        if name not in DETECTORS:
+            raise RecipeError(f"unknown detector '{name}'.{did_you_mean(name, DETECTORS)}")
+        data, where = {"detector": name, **DEFAULTS.get(name, {})}, f"recipe of {name}"
+    else:
+        raise RecipeError("name a detector (such as talnet) or give a recipe file")
+    data = apply_sets(data, sets)
+    if streams:
+        data["streams"] = [stream.strip() for stream in streams]
+    if seed is not None:
+        data["seed"] = seed
+    if not data.get("streams"):
+        raise RecipeError(f"{where}: no streams; name those of the store with --streams, RGB first")
+    return validated(DetectRecipe, data, where=where)
+
+
+def postprocess_recipe(run: str | Path, sets: Iterable[str]) -> PostprocessRecipe:
+    """The suppression of a run with ``sets`` (``tiou=0.5``, ``method=nms``) on top."""
+    data = Run.load(run).recipe.postprocess.model_dump()
+    return validated(PostprocessRecipe, apply_sets(data, sets), where="--set")

@@ -1,0 +1,135 @@
+"""A detector while it learns: one optimizer step, and the state from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tad.detect.data import Step, seeded
+from tad.detect.distributed import World
+from tad.detect.interface import Batch, Detector
+from tad.detect.optim import AveragedWeights, build_optimizer
+from tad.errors import TadError
+from tad.recipe import TrainRecipe
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """A detector while it learns: its optimizer, averaged weights, and how far it is."""
+
+    def __init__(self, detector: Detector, recipe: TrainRecipe, processes: World) -> None:
+        self.detector, self.recipe, self.processes = detector, recipe, processes
+        processes.copy_from_first(iter([*detector.parameters(), *detector.buffers()]))
+        self.parameters = [p for p in detector.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(detector, recipe)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.precision == "fp16")
+        self.average = None if recipe.ema is None else AveragedWeights(detector, recipe.ema)
+        self.epoch = 0  # finished epochs
+        self.history: list[dict[str, Any]] = []  # one row of metrics.csv each
+        self.best: dict[str, Any] | None = None
+
+    @property
+    def judged(self) -> Detector:
+        """The module whose weights are evaluated and kept: the averaged one with EMA."""
+        return self.detector if self.average is None else self.average.module
+
+    def step(self, step: Step, batches: Iterator[Batch | None]) -> dict[str, float]:
+        """One optimizer step over the batches of ``step``; returns the loss terms summed over this process's videos.
+
+        A batch of n videos weighs n / (videos of the step, in all processes), so that neither accumulation nor the
+        number of processes nor a short last batch changes what a video counts.
+        """
+        sums: dict[str, float] = {}
+        precision = AUTOCAST.get(self.recipe.precision)
+        for _ in step.batches:
+            batch = next(batches)
+            if batch is None:
+                continue
+            batch = batch.to(self.processes.device)
+            with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
+                terms = self.detector.loss(self.detector(batch), batch.targets or [])
+            loss = torch.stack([term.float() for term in terms.values()]).sum()
+            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            if not np.isfinite(values).all():
+                described = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values, strict=True))
+                raise self._diverged(f"the loss is not finite ({described}) on videos {', '.join(batch.videos)}")
+            if loss.requires_grad:
+                self.scaler.scale(loss * (len(batch) / step.videos)).backward()
+            for name, value in zip(terms, values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value * len(batch)
+        self.processes.sum_gradients(self.parameters)
+        if any(p.grad is not None for p in self.parameters):
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or math.inf)
+            if not self.scaler.is_enabled() and not bool(torch.isfinite(norm)):
+                raise self._diverged("the gradient is not finite though the loss is")
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.detector)
+        return sums
+
+    def _diverged(self, what: str) -> TadError:
+        return TadError(
+            f"epoch {self.epoch + 1}: {what}. Lower train.lr, set train.clip_norm or train.warmup_epochs, or look at "
+            "the features and segments of these videos"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on after an epoch: tensors and plain types."""
+        return {
+            "epoch": self.epoch,
+            "detector": self.detector.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.processes.gathered(random_state()),
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.detector.load_state_dict(state["detector"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if len(state["random"]) == self.processes.size:
+            set_random_state(state["random"][self.processes.rank])
+
+
+def seed_all(seed: int, *parts: int) -> None:
+    """Seed python's, NumPy's and torch's global generators; ``parts`` other than 0 give each process its own stream."""
+    drawn = seeded(seed, *[part for part in parts if part])
+    random.seed(int(drawn.integers(2**63)))
+    np.random.seed(int(drawn.integers(2**32)))  # noqa: NPY002 - a detector may draw from the global generator
+    torch.manual_seed(int(drawn.integers(2**63)))
+
+
+def random_state() -> dict[str, Any]:
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - see seed_all
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy = state["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})  # noqa: NPY002 - see seed_all
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,166 @@
+"""Mean average precision of detections, as ActivityNet's evaluator computes it, for all thresholds at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from tad.annotations import Truth
+from tad.evaluate.matching import average_precision, match
+from tad.evaluate.selection import ByTiou, Thresholds, select, thresholds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+THUMOS_TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)
+# Not written as decimals: ActivityNet's 0.9 is linspace's 0.8999999999999999, and tIoU is compared exactly.
+ANET_TIOU = tuple(np.linspace(0.5, 0.95, 10).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionResult:
+    """Scores of detections and what they are scores of.
+
+    Attributes
+    ----------
+    map : mAP by tIoU, each in 0 ... 1.
+    average : mean of ``map`` over the thresholds.
+    ap : average precision, one row a tIoU, one column a class of the truth.
+    counts : ``videos, classes, segments, segments_left_out, predictions, predictions_left_out, predictions_outside,
+        unknown_labels``: how many were scored, how many not and why.
+    protocol : name of the protocol, None when none was named.
+    notes : sentences that a reader of the score should know, such as videos missing from the annotation.
+    """
+
+    map: dict[float, float]
+    average: float
+    ap: pd.DataFrame
+    counts: dict[str, Any]
+    protocol: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: ``map, average_map, ap`` (by label, then tIoU), ``counts, protocol, notes``."""
+        return {
+            "map": {f"{key:g}": value for key, value in self.map.items()},
+            "average_map": self.average,
+            "ap": {
+                str(label): {f"{key:g}": float(value) for key, value in self.ap[label].items()} for label in self.ap
+            },
+            "counts": self.counts,
+            "protocol": self.protocol,
+            "notes": list(self.notes),
+        }
+
+
+def detection_map(
+    truth: Truth | pd.DataFrame,
+    predictions: pd.DataFrame,
+    tiou: Thresholds = THUMOS_TIOU,
+    *,
+    videos: Iterable[str] | None = None,
+    leave_out: Collection[str] = (),
+    drop_zero_length: bool = False,
+    dedupe_s: float | None = None,
+) -> DetectionResult:
+    """Mean average precision over the classes that occur in the truth.
+
+    A prediction is right when it takes a true segment of its video and class (:func:`tad.evaluate.matching.match`);
+    precision is interpolated at all points. Values equal those of ActivityNet's ``eval_detection.py``, except that
+
+    - equal scores keep the order of the table (there it depends on the machine),
+    - predictions of a label that the truth does not have are left out and counted (there a KeyError),
+    - an inverted prediction matches nothing (there one whose length is exactly minus that of a true segment does).
+
+    Parameters
+    ----------
+    truth : segments ``video, start_s, end_s, label``, or a :class:`~tad.annotations.Truth`. Duplicates and
+        zero-length segments count, as there: a prediction of zero length is right on one of its video and class.
+    predictions : ``video, start_s, end_s, label, score``; a higher score is surer. Predictions on videos that are not
+        in the truth are false positives.
+    tiou : thresholds in (0, 1]; a match needs at least as much.
+    videos : score these videos only; truth and predictions of all others are left out.
+    leave_out : videos to leave out on both sides.
+    drop_zero_length : leave out true segments of zero length, as OpenTAD does.
+    dedupe_s : leave out true segments that repeat one of the same video and label, both ends within so many seconds
+        (ActionFormer and OpenTAD: 1e-3).
+
+    Raises
+    ------
+    AnnotationError : a table that lacks columns or has missing values, NaN or infinite numbers, a true segment whose
+        end lies before its start, no true segment at all, or thresholds outside (0, 1].
+    """
+    levels = thresholds(tiou)
+    chosen = select(
+        truth,
+        predictions,
+        labels=True,
+        videos=videos,
+        leave_out=leave_out,
+        drop_zero_length=drop_zero_length,
+        dedupe_s=dedupe_s,
+    )
+    counts, notes = dict(chosen.counts), list(chosen.notes)
+    true, predicted = chosen.truth, chosen.predictions
+    classes = pd.Index(
+        sorted(true["label"].unique().tolist(), key=lambda label: (str(type(label)), label)), dtype="object"
+    )
+    label = classes.get_indexer(predicted["label"].astype("object"))
+    if (unknown := label < 0).any():
+        names = predicted["label"][unknown].value_counts()
+        counts["unknown_labels"] = {str(name): int(number) for name, number in names.items()}
+        counts["predictions_left_out"] = {**counts["predictions_left_out"], "unknown_label": int(unknown.sum())}
+        shown = ", ".join(repr(name) for name in names.index[:5]) + (", ..." if len(names) > 5 else "")
+        notes.append(f"{int(unknown.sum())} predictions have labels that the truth does not have, left out: {shown}")
+        predicted, label = predicted[~unknown], label[~unknown]
+        counts["predictions"] = len(predicted)
+    counts = {"videos": counts.pop("videos"), "classes": len(classes), **counts}
+
+    true_label = classes.get_indexer(true["label"].astype("object"))
+    ids = pd.Index(true["video"].unique().tolist(), dtype="object")
+    video = ids.get_indexer(predicted["video"].astype("object"))
+    score = predicted["score"].to_numpy()
+    taken = match(
+        ids.get_indexer(true["video"].astype("object")) * len(classes) + true_label,
+        true[["start_s", "end_s"]].to_numpy(),
+        np.where(video < 0, -1, video * len(classes) + label),
+        predicted[["start_s", "end_s"]].to_numpy(),
+        score,
+        levels,
+    )  # (T, N)
+
+    order = np.argsort(-score, kind="stable")
+    order = order[np.argsort(label[order], kind="stable")]  # by class, then falling score
+    hits = taken[:, order] >= 0
+    edges = np.searchsorted(label[order], np.arange(len(classes) + 1))
+    positives = np.bincount(true_label, minlength=len(classes))
+    ap = np.empty((len(levels), len(classes)))
+    for column in range(len(classes)):
+        ap[:, column] = average_precision(hits[:, edges[column] : edges[column + 1]], int(positives[column]))
+
+    keys = [round(level, 6) for level in levels]
+    means = ap.mean(axis=1)
+    return DetectionResult(
+        map=ByTiou(zip(keys, means.tolist(), strict=True)),
+        average=float(means.mean()),
+        ap=pd.DataFrame(ap, index=pd.Index(keys, name="tiou"), columns=classes.rename("label")),
+        counts=counts,
+        notes=tuple(notes),
+    )
+
+
+def table(result: DetectionResult) -> Table:
+    """A result as a rich table in percent: mAP and the classes, one column a tIoU."""
+    from rich.table import Table
+
+    title = f"{result.protocol or 'mAP'}: {result.counts['videos']} videos, {result.counts['segments']} segments"
+    grid = Table("class", *(f"{key:g}" for key in result.map), "average", title=title)
+    grid.add_row("[b]mAP[/b]", *(f"{100 * value:.2f}" for value in result.map.values()), f"{100 * result.average:.2f}")
+    for label in result.ap:
+        values = result.ap[label].to_numpy()
+        grid.add_row(str(label), *(f"{100 * value:.2f}" for value in values), f"{100 * values.mean():.2f}")
+    return grid

@@ -1,0 +1,203 @@
+"""Feature files of other projects: .npy, .npz, .csv, .pt, .pkl and one HDF5 file with a key per video → arrays."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tad.errors import StoreError
+
+KEYS = ("feats", "features", "feat", "feature")  # what the one array of a file with several is called
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+# What the readers raise on files that are not what their suffix says.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    MemoryError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+class Unreadable(ValueError):
+    """Why a file is skipped, in words for its reader."""
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """One video's features, not yet read; ``label`` names the file (and key), ``name`` still has prefix and suffix."""
+
+    label: str
+    name: str
+    path: Path
+    key: str | None = None
+    rows_first: bool = False  # the format says so
+
+    def source(self) -> dict[str, Any]:
+        """What ``Store.is_done`` compares."""
+        status = self.path.stat()
+        return {"name": self.label, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def find_files(source: Path) -> list[FeatureFile]:
+    """The candidates in a folder (not below it) or in one HDF5 file, sorted; :class:`StoreError` without any."""
+    if source.is_dir():
+        found = [
+            FeatureFile(path.name, path.stem, path, rows_first=path.suffix.lower() == ".csv")
+            for path in sorted(source.iterdir())
+        ]
+    elif source.suffix.lower() in HDF5_SUFFIXES and source.is_file():
+        found = [FeatureFile(f"{source.name}:{key}", key, source, key) for key in _hdf5_keys(source)]
+    elif source.is_file():
+        found = [FeatureFile(source.name, source.stem, source, rows_first=source.suffix.lower() == ".csv")]
+    else:
+        raise StoreError(f"{source}: no such file or folder to import from")
+    if not found:
+        raise StoreError(
+            f"{source} holds nothing to import; expected .npy, .npz, .csv, .pt, .pkl files or an HDF5 file"
+        )
+    return found
+
+
+def read_features(file: FeatureFile, *, allow_pickle: bool) -> np.ndarray:
+    """The array of one file with singleton axes removed, as it lies there: (T, C) or (C, T).
+
+    Raises
+    ------
+    Unreadable, or one of ``UNREADABLE`` : the file cannot be read, or does not hold one two-dimensional array.
+    """
+    if file.key is not None:
+        array = _read_hdf5_key(file.path, file.key)
+    elif file.path.is_dir():
+        raise Unreadable("a folder; import it by itself")
+    else:
+        reader = READERS.get(file.path.suffix.lower())
+        if reader is None:
+            raise Unreadable(f"of a kind that is not read; known are {', '.join(READERS)}")
+        array = reader(file.path, allow_pickle)
+    return _two_dimensional(array)
+
+
+def _two_dimensional(array: np.ndarray) -> np.ndarray:
+    shape = array.shape
+    while array.ndim > 2 and array.shape[-1] == 1:  # T x C x 1 x 1
+        array = array[..., 0]
+    while array.ndim > 2 and array.shape[0] == 1:  # 1 x T x C
+        array = array[0]
+    if array.ndim != 2:
+        raise Unreadable(f"has the shape {shape}; expected rows and channels")
+    if 0 in array.shape:
+        raise Unreadable(f"is empty: its shape is {shape}")
+    if array.dtype.kind not in "fiu":
+        raise Unreadable(f"holds values of type {array.dtype}, not numbers")
+    return array
+
+
+def _npy(path: Path, allow_pickle: bool) -> np.ndarray:
+    return _numbers(np.load(path, allow_pickle=allow_pickle))
+
+
+def _npz(path: Path, allow_pickle: bool) -> np.ndarray:
+    with np.load(path, allow_pickle=allow_pickle) as archive:
+        if not isinstance(archive, Mapping):
+            raise Unreadable("is not an .npz archive")
+        return _numbers(_only(archive))
+
+
+def _csv(path: Path, allow_pickle: bool) -> np.ndarray:
+    with path.open(encoding="utf-8-sig") as file:
+        first = [cell.strip().strip('"') for cell in file.readline().split(",")]
+        columns = slice(None)
+        try:
+            numbers = [float(cell) for cell in first]
+        except ValueError:
+            header = True
+            columns = slice(1 if first[0] == "" else 0, None)  # pandas writes its index below an empty name
+        else:
+            header = len(first) > 1 and numbers in ([*range(len(first))], [*range(1, len(first) + 1)])
+        if not header:
+            file.seek(0)
+        body = [line for line in file if line.strip()]
+    if not body:
+        raise Unreadable("has no rows below its header")
+    return np.loadtxt(body, delimiter=",", dtype=np.float32, ndmin=2)[:, columns]
+
+
+def _pt(path: Path, allow_pickle: bool) -> np.ndarray:
+    import torch
+
+    return _numbers(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _pkl(path: Path, allow_pickle: bool) -> np.ndarray:
+    if not allow_pickle:
+        raise Unreadable("is a pickle, which can run any code; pass allow_pickle if you trust whoever made it")
+    with path.open("rb") as file:
+        return _numbers(pickle.load(file))
+
+
+READERS: dict[str, Callable[[Path, bool], np.ndarray]] = {
+    ".npy": _npy,
+    ".npz": _npz,
+    ".csv": _csv,
+    ".pt": _pt,
+    ".pth": _pt,
+    ".pkl": _pkl,
+    ".pickle": _pkl,
+}
+
+
+def _only(values: Mapping[str, Any]) -> Any:
+    """The one array of a mapping: under a known key, or alone."""
+    for key in KEYS:
+        if key in values:
+            return values[key]
+    if len(values) == 1:
+        return next(iter(values.values()))
+    raise Unreadable(
+        f"holds {len(values)} arrays ({', '.join(map(str, list(values)[:5]))}), none of them called 'feats'"
+    )
+
+
+def _numbers(value: Any) -> np.ndarray:
+    if isinstance(value, Mapping):
+        value = _only(value)
+    if hasattr(value, "detach"):  # a tensor; NumPy knows no bfloat16
+        value = value.detach()
+        value = value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
+    array = np.asarray(value)
+    if array.dtype == object and array.ndim == 0:
+        return _numbers(array.item())
+    return array
+
+
+def _hdf5_keys(path: Path) -> Iterator[str]:
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield from sorted(file)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened as HDF5: {error}") from error
+
+
+def _read_hdf5_key(path: Path, key: str) -> np.ndarray:
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        item = file[key]
+        if isinstance(item, h5py.Group):
+            item = _only({name: child for name, child in item.items() if isinstance(child, h5py.Dataset)})
+        return np.asarray(item[()])

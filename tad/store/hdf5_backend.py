@@ -1,0 +1,250 @@
+"""HDF5: a file per entry, a dataset per level, and ``store.h5`` that links them all; local file systems only.
+
+::
+
+    <store>/__store__.json                encoding-type, encoding-version, created_by
+    <store>/<stream>/__stream__.json      spec, fingerprint
+    <store>/<stream>/<video>.h5           root attributes = the entry's; one dataset per level, chunked, Fletcher-32
+    <store>/store.h5                      derived: a group per stream, an external link per entry; rewritten whole
+
+Attributes that are not text, a number or a truth value are JSON text; the attribute ``json-attrs`` lists their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+
+from tad.errors import StoreError
+from tad.store.files import TEMPORARY, LocalFiles, is_older, sync_path
+from tad.store.layout import (
+    DAMAGE,
+    ENTRY,
+    STORE,
+    STREAM,
+    Damaged,
+    check_encoding,
+    chunk_rows,
+    describe,
+    dimension_names,
+    parse_attrs,
+)
+
+_ROOT, _STREAM, _MASTER, _SUFFIX = "__store__.json", "__stream__.json", "store.h5", ".h5"
+_JSON_ATTRS = "json-attrs"
+_ATTRIBUTE_BYTES = 64_000  # what HDF5 takes in an object header, less some room
+
+
+class Hdf5Rows:
+    """The rows of one stored level; :meth:`read` gives them as they were written or raises one of ``DAMAGE``."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.dataset[start:stop])
+
+
+class Hdf5Backend:
+    """Names here are encoded ones; ids are the business of :class:`tad.store.api.Store`."""
+
+    format: Literal["zarr", "hdf5"] = "hdf5"
+    cached_entries = 128  # each is an open file
+    stamps_are_cheap = True
+
+    def __init__(self, files: LocalFiles) -> None:
+        self.files = files
+        self._open: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock = Lock()
+
+    def where(self, stream: str = "", video: str = "") -> str:
+        return self.files.where(f"{stream}/{video}{_SUFFIX}" if video else stream)
+
+    # ---- root and streams ------------------------------------------------------------------------
+    def root_attrs(self) -> dict[str, Any] | None:
+        data = self.files.read(_ROOT)
+        return None if data is None else parse_attrs(data, STORE, where=self.files.where(_ROOT))
+
+    def create_root(self, attrs: Mapping[str, Any]) -> None:
+        self.files.write_new(_ROOT, _json(attrs))
+        self.link()
+
+    def streams(self) -> list[str]:
+        return self.files.names("", _STREAM)
+
+    def unreachable_streams(self) -> list[str]:
+        """Folders with entries, but without the stream's own metadata."""
+        return [name for name in set(self.files.folders()) - set(self.streams()) if self.videos(name)]
+
+    def stream_attrs(self, stream: str) -> dict[str, Any] | None:
+        data = self.files.read(f"{stream}/{_STREAM}")
+        return None if data is None else parse_attrs(data, STREAM, where=self.files.where(stream))
+
+    def put_stream(self, stream: str, attrs: Mapping[str, Any]) -> bool:
+        return self.files.write_new(f"{stream}/{_STREAM}", _json(attrs))
+
+    # ---- entries ---------------------------------------------------------------------------------
+    def videos(self, stream: str) -> list[str]:
+        with os.scandir(self.files.where(stream)) as found:
+            return [item.name.removesuffix(_SUFFIX) for item in found if item.name.endswith(_SUFFIX)]
+
+    def stamp(self, stream: str, video: str) -> tuple[int, ...] | None:
+        return self.files.stamp(f"{stream}/{video}{_SUFFIX}")
+
+    def entry_attrs(self, stream: str, video: str) -> dict[str, Any] | None:
+        where = self.where(stream, video)
+        try:
+            return check_encoding(_read_attrs(self._file(stream, video).attrs), ENTRY, where=where)
+        except FileNotFoundError:
+            return None
+        except DAMAGE as error:
+            raise StoreError(f"{where} cannot be read ({describe(error)})") from error
+
+    def put_entry(self, stream: str, video: str, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> None:
+        import h5py
+
+        target = self.where(stream, video)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with h5py.File(temporary, "w", locking=False) as file:
+                _write_attrs(file.attrs, attrs, where=target)
+                for level, array in arrays.items():
+                    rows = chunk_rows(array.shape, array.dtype.itemsize)
+                    chunks = (rows, *array.shape[1:])
+                    dataset = file.create_dataset(level, data=array, chunks=chunks, fletcher32=True)
+                    for dimension, name in zip(dataset.dims, dimension_names(level, array.ndim), strict=True):
+                        dimension.label = name
+            sync_path(temporary)
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        if self.files.fsync:
+            sync_path(os.path.dirname(target))
+
+    def delete_entry(self, stream: str, video: str) -> None:
+        self.files.delete(f"{stream}/{video}{_SUFFIX}")
+
+    def open_rows(self, stream: str, video: str, level: str, shape: tuple[int, ...], dtype: str) -> Hdf5Rows:
+        """The stored dataset, which must have this shape and dtype. Raises one of ``DAMAGE``."""
+        dataset = self._file(stream, video)[level]
+        where = f"{self.where(stream, video)}/{level}"
+        if tuple(dataset.shape) != shape or dataset.dtype.name != dtype:
+            raise Damaged(f"{where} is {dataset.dtype} {dataset.shape}, its entry says {dtype} {shape}")
+        labels = tuple(dimension.label for dimension in dataset.dims)
+        if labels != dimension_names(level, len(shape)):
+            raise Damaged(f"{where} has the dimension names {labels}")
+        return Hdf5Rows(dataset)
+
+    def stored_levels(self, stream: str, video: str) -> set[str]:
+        return set(self._file(stream, video))
+
+    def _file(self, stream: str, video: str) -> Any:
+        """An open file; never one that was opened before a fork (the store starts afresh then)."""
+        import h5py
+
+        key = (stream, video)
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        file = h5py.File(
+            self.where(stream, video), "r", locking=False
+        )  # immutable, and flock fails on some network disks
+        with self._lock:
+            self._open[key] = file
+            while len(self._open) > self.cached_entries:
+                self._open.popitem(last=False)  # dropped, not closed: another thread may be reading it
+        return file
+
+    def forget(self, stream: str = "", video: str = "") -> None:
+        """Drop the handles of one entry, or all."""
+        with self._lock:
+            if video:
+                self._open.pop((stream, video), None)
+            else:
+                self._open.clear()
+
+    # ---- store.h5 --------------------------------------------------------------------------------
+    def link(self) -> None:
+        """Rewrite ``store.h5`` from the folders, and look again: an entry may have come while it was written."""
+        for _ in range(3):
+            found = self._scan()
+            self._write_master(found)
+            if self._scan() == found:
+                return
+
+    def _scan(self) -> dict[str, list[str]]:
+        return {stream: sorted(self.videos(stream)) for stream in sorted(self.streams())}
+
+    def _write_master(self, found: Mapping[str, list[str]]) -> None:
+        import h5py
+
+        target = self.files.where(_MASTER)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with h5py.File(temporary, "w", locking=False) as file:
+                _write_attrs(file.attrs, self.root_attrs() or {}, where=target)
+                for stream, videos in found.items():
+                    group = file.create_group(stream)
+                    _write_attrs(group.attrs, self.stream_attrs(stream) or {}, where=f"{target}/{stream}")
+                    for video in videos:
+                        group[video] = h5py.ExternalLink(f"{stream}/{video}{_SUFFIX}", "/")
+            if self.files.fsync:
+                sync_path(temporary)
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    # ---- what crashes leave behind ---------------------------------------------------------------
+    def litter(self, min_age_s: float) -> list[str]:
+        """Keys of temporary files that were left alone for ``min_age_s`` seconds."""
+        found = self.files.loose() + [item for stream in self.streams() for item in self.files.tree(stream)]
+        return sorted(
+            item.key
+            for item in found
+            if not item.is_folder and TEMPORARY.search(item.key) and is_older(item.written, min_age_s)
+        )
+
+    def remove_litter(self, key: str) -> None:
+        self.files.delete(key)
+
+
+def _json(attrs: Mapping[str, Any]) -> bytes:
+    return json.dumps(attrs, indent=1).encode()
+
+
+def _write_attrs(target: Any, attrs: Mapping[str, Any], *, where: str) -> None:
+    as_json = []
+    for name, value in attrs.items():
+        if not _is_native(value):
+            as_json.append(name)
+            value = json.dumps(value)
+        if isinstance(value, str) and len(value.encode()) > _ATTRIBUTE_BYTES:
+            raise StoreError(
+                f"{where}: the attribute {name!r} is {len(value)} characters long; HDF5 takes 64 KB an attribute"
+            )
+        target[name] = value
+    target[_JSON_ATTRS] = json.dumps(as_json)
+
+
+def _is_native(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            return b"\0" not in value.encode("utf-8")
+        except UnicodeEncodeError:
+            return False
+    return isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+
+
+def _read_attrs(stored: Any) -> dict[str, Any]:
+    as_json = set(json.loads(stored[_JSON_ATTRS]))
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in stored.items()}
+    return {name: json.loads(v) if name in as_json else v for name, v in values.items() if name != _JSON_ATTRS}

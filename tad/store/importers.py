@@ -1,0 +1,286 @@
+"""import_features: the feature files of other projects as a stream of a store, with their time axis."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tad.errors import StoreError
+from tad.store.api import Store
+from tad.store.feature_files import UNREADABLE, FeatureFile, Unreadable, find_files, read_features
+from tad.store.layout import Level, describe, sha256_of
+from tad.timeline import TimeAxis
+
+Layout = Literal["TC", "CT"]
+_LOOKED_AT = 32  # files whose shapes decide which axis is time
+_ROWS_OFF = 2  # rows by which a sequence may differ from what its duration promises
+
+
+@dataclass
+class ImportReport:
+    """Videos ``written`` and ``already`` there; files ``skipped`` and files with ``warnings``, each with the reason."""
+
+    written: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        pairs = {"skipped": self.skipped, "warnings": self.warnings}
+        as_dicts = {name: [{"file": file, "why": why} for file, why in items] for name, items in pairs.items()}
+        return {"written": self.written, "already": self.already, **as_dicts}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the rows of all imported files lie."""
+
+    fps: float | None
+    window: float | None
+    stride: float | None
+    offset: float
+    rescaled: bool
+    durations: Mapping[str, float]
+
+    def spec(self) -> dict[str, Any]:
+        numbers = {"fps": self.fps, "window": self.window, "stride": self.stride, "offset": self.offset}
+        return {
+            "imported": True,
+            **{k: None if v is None else float(v) for k, v in numbers.items()},
+            "rescaled": self.rescaled,
+        }
+
+    def frames(self) -> tuple[float, float, float]:
+        if self.fps is None or self.window is None or self.stride is None:
+            raise StoreError(
+                "fps, window and stride are needed: they say where the rows lie in time (or rescaled, with durations)"
+            )
+        if min(self.fps, self.window, self.stride) <= 0:
+            raise StoreError(
+                f"fps, window and stride must be positive, got {self.fps}, {self.window} and {self.stride}"
+            )
+        return self.fps, self.window, self.stride
+
+    def axis(self, video: str, rows: int) -> tuple[TimeAxis, float]:
+        """The axis of a video with ``rows`` rows, and its duration in seconds."""
+        known = self.durations.get(video)
+        if known is not None and not (np.isfinite(known) and known > 0):
+            raise Unreadable(f"its duration is given as {known} seconds")
+        if self.rescaled:
+            if known is None:
+                raise Unreadable("rescaled features need the duration of their video, and none is given for this one")
+            return TimeAxis.rescaled(rows=rows, duration_s=float(known)), float(known)
+        fps, window, stride = self.frames()
+        axis = TimeAxis.from_frames(fps=fps, window_frames=window, stride_frames=stride, offset_frames=self.offset)
+        return axis, float(known) if known is not None else (self.offset + (rows - 1) * stride + window) / fps
+
+    def expected_rows(self, video: str) -> float | None:
+        """Rows that the given duration promises, at least 1; None where nothing promises anything."""
+        known = self.durations.get(video)
+        if self.rescaled or known is None:
+            return None
+        fps, window, stride = self.frames()
+        return max(1.0, (known * fps - self.offset - window) / stride + 1)
+
+
+def import_features(
+    source: str | Path,
+    store: Store,
+    stream: str,
+    *,
+    fps: float | None = None,
+    window: float | None = None,
+    stride: float | None = None,
+    offset: float = 0.0,
+    layout: Layout | None = None,
+    durations: Mapping[str, float] | None = None,
+    rescaled: bool = False,
+    allow_pickle: bool = False,
+    prefix: str = "",
+    suffix: str = "",
+    overwrite: bool = False,
+) -> ImportReport:
+    """Import feature files as the stream ``stream`` of ``store``.
+
+    Row ``i`` is taken to be centred at ``(offset + i * stride + window / 2) / fps`` seconds; with ``rescaled`` the rows
+    divide the video's duration evenly instead, and fps, window and stride are only recorded.
+
+    Parameters
+    ----------
+    source : a folder with a file per video (.npy, .npz, .csv, .pt, .pkl), or one HDF5 file with a key per video.
+    fps, window, stride, offset : of the extraction, lengths in frames; ``offset`` is where the first window starts.
+    layout : ``"TC"`` or ``"CT"``; None finds it out from the shapes (channels do not vary) and refuses if it cannot.
+        CSV files are always rows by channels.
+    durations : seconds by video; needed for ``rescaled``. A sequence that is off by more than two rows is warned about.
+    allow_pickle : read .pkl files and pickled arrays, which can run any code.
+    prefix, suffix : parts of the file's name (without extension) that do not belong to the video's id.
+    overwrite : replace videos whose features differ from the stored ones; otherwise they are skipped.
+
+    Raises
+    ------
+    StoreError : nothing to import, the stream was imported with other numbers, or the layout cannot be told.
+        A single bad file is listed in ``skipped`` and never stops the rest.
+    """
+    grid = _Grid(fps, window, stride, offset, rescaled, durations or {})
+    if not rescaled:
+        grid.frames()
+    if layout not in (None, "TC", "CT"):
+        raise StoreError(f"layout must be 'TC' or 'CT', got {layout!r}")
+    exists = stream in store.streams()
+    if exists:
+        store.create_stream(stream, grid.spec())  # refuses other numbers before anything is read
+    report = ImportReport()
+    files = _with_ids(find_files(Path(source)), prefix, suffix, report)
+    channels = _stored_channels(store, stream) if exists else None
+    layout = layout or _find_layout(files, grid, channels, allow_pickle=allow_pickle)
+    for video, file in files.items():
+        try:
+            if not overwrite and exists and store.is_done(stream, video, file.source()):
+                report.already.append(video)
+                continue
+            array = _rows_first(read_features(file, allow_pickle=allow_pickle), file, layout)
+            axis, duration_s = grid.axis(video, len(array))
+        except UNREADABLE as error:
+            report.skipped.append((file.label, str(error) if isinstance(error, Unreadable) else describe(error)))
+            continue
+        channels = channels or array.shape[1]
+        if array.shape[1] != channels:
+            report.skipped.append((file.label, f"has {array.shape[1]} channels, the stream has {channels}"))
+            continue
+        if not exists:  # only now: a stream that nothing was written to would still be bound to its numbers
+            store.create_stream(stream, grid.spec())
+            exists = True
+        frames = (None, None, None) if rescaled else (stride, window, fps)
+        _write(store, stream, video, file, Level(array, axis, *frames), duration_s, report, overwrite=overwrite)
+        _warn_of_length(video, file, len(array), grid, report)
+    return report
+
+
+def _with_ids(found: list[FeatureFile], prefix: str, suffix: str, report: ImportReport) -> dict[str, FeatureFile]:
+    files: dict[str, FeatureFile] = {}
+    for file in found:
+        name = file.name
+        if len(name) <= len(prefix) + len(suffix) or not (name.startswith(prefix) and name.endswith(suffix)):
+            report.skipped.append((file.label, f"its name is not {prefix}ID{suffix}"))
+            continue
+        video = name[len(prefix) : len(name) - len(suffix)]
+        if video in files:
+            report.skipped.append((file.label, f"is the same video as {files[video].label}"))
+            continue
+        files[video] = file
+    return files
+
+
+def _write(
+    store: Store,
+    stream: str,
+    video: str,
+    file: FeatureFile,
+    level: Level,
+    duration_s: float,
+    report: ImportReport,
+    *,
+    overwrite: bool,
+) -> None:
+    try:
+        if store.has(stream, video):
+            same = _is_stored(store, stream, video, level, duration_s)
+            if same or not overwrite:
+                if same:
+                    report.already.append(video)
+                else:
+                    report.skipped.append(
+                        (file.label, "the store has other features of this video; overwrite replaces them")
+                    )
+                return
+        store.write(
+            stream, video, {"features": level}, duration_s=duration_s, source=file.source(), overwrite=overwrite
+        )
+    except StoreError as error:  # NaN, an id that is too long, a damaged entry: this file's own trouble
+        report.skipped.append((file.label, str(error)))
+    else:
+        report.written.append(video)
+
+
+def _is_stored(store: Store, stream: str, video: str, level: Level, duration_s: float) -> bool:
+    attrs = store.attrs(stream, video)
+    stored = attrs["levels"][0]
+    array = level.array.astype(level.array.dtype.newbyteorder("<"), copy=False)
+    alike = stored["shape"] == list(array.shape) and stored["dtype"] == array.dtype.name
+    return alike and attrs["duration_s"] == duration_s and attrs["sha256"].get("features") == sha256_of([array])
+
+
+def _warn_of_length(video: str, file: FeatureFile, rows: int, grid: _Grid, report: ImportReport) -> None:
+    expected = grid.expected_rows(video)
+    if video in report.written[-1:] and expected is not None and abs(rows - expected) > _ROWS_OFF:
+        promise = f"its duration of {grid.durations[video]} s promises {expected:.1f}"
+        report.warnings.append((file.label, f"has {rows} rows, {promise}: check fps, window and stride"))
+
+
+# ---- which axis is time --------------------------------------------------------------------------
+def _rows_first(array: np.ndarray, file: FeatureFile, layout: Layout | None) -> np.ndarray:
+    return array.T if layout == "CT" and not file.rows_first else array  # (T, C)
+
+
+def _stored_channels(store: Store, stream: str) -> int | None:
+    for video in islice(store.videos(stream), 1):
+        return store[stream, video].shape[1]
+    return None
+
+
+def _find_layout(
+    files: Mapping[str, FeatureFile], grid: _Grid, channels: int | None, *, allow_pickle: bool
+) -> Layout | None:
+    """Which axis is time, by the shapes of some files; None where no file leaves it open."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for video, file in files.items():
+        if not file.rows_first and len(shapes) < _LOOKED_AT:
+            try:
+                shapes[video] = read_features(file, allow_pickle=allow_pickle).shape
+            except UNREADABLE:
+                continue  # told when its turn comes
+    if not shapes:
+        return None
+    for evidence in (_by_channels(shapes, channels), _by_durations(shapes, grid), _by_constancy(shapes)):
+        if evidence is not None:
+            return evidence
+    some = ", ".join(f"{files[video].label} {shape}" for video, shape in islice(shapes.items(), 3))
+    raise StoreError(
+        f"which axis is time cannot be told from the shapes ({some}); say layout='TC' (rows first) or layout='CT'"
+    )
+
+
+def _decide(rows_first: bool, channels_first: bool) -> Layout | None:
+    if rows_first == channels_first:
+        return None
+    return "TC" if rows_first else "CT"
+
+
+def _by_channels(shapes: Mapping[str, tuple[int, ...]], channels: int | None) -> Layout | None:
+    """The stream has videos already: their number of channels must be found again."""
+    fits = [sum(shape[axis] == channels for shape in shapes.values()) > len(shapes) / 2 for axis in (0, 1)]
+    return _decide(rows_first=fits[1], channels_first=fits[0])
+
+
+def _by_durations(shapes: Mapping[str, tuple[int, ...]], grid: _Grid) -> Layout | None:
+    """Durations are given: one axis has the length that they promise."""
+    known = [(shape, rows) for video, shape in shapes.items() if (rows := grid.expected_rows(video)) is not None]
+    fits = [sum(abs(shape[axis] - rows) <= _ROWS_OFF for shape, rows in known) > len(known) / 2 for axis in (0, 1)]
+    return _decide(rows_first=fits[0], channels_first=fits[1])
+
+
+def _by_constancy(shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
+    """Channels are as many in every video, rows are not; one odd file among many may break the rule."""
+    most = [Counter(shape[axis] for shape in shapes.values()).most_common(1)[0][1] for axis in (0, 1)]
+    same = [count == len(shapes) for count in most]
+    if (decided := _decide(rows_first=same[1], channels_first=same[0])) is not None:
+        return decided
+    mostly = [count > len(shapes) / 2 for count in most]
+    return None if all(same) else _decide(rows_first=mostly[1], channels_first=mostly[0])

@@ -1,0 +1,148 @@
+"""A detector small enough to check by hand, and a small world of planted actions to train it on.
+
+Run as a script it trains: ``python toydetector.py STORE ANNOTATIONS OUT [--resume] [RECIPE-JSON]``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tad.detect.detectors import DETECTORS
+from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
+from tad.recipe import DetectRecipe
+from tad.store import Level, open_store
+from tad.timeline import TimeAxis
+
+CLASSES = ("jump", "run", "throw")
+AXIS = TimeAxis.from_frames(fps=25, window_frames=16, stride_frames=8)
+
+
+class Toy(Detector):
+    """Row-wise classifier; neighbouring rows of one class make a segment. Its loss is a mean over videos."""
+
+    def __init__(
+        self, *, channels: dict[str, int], classes: int, width: int = 16, dropout: float = 0.0, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.needs = tuple(LevelSpec(stream) for stream in channels)
+        self.hidden = nn.Conv1d(sum(channels.values()), width, 3, padding=1)
+        self.norm = nn.GroupNorm(1, width) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.logits = nn.Conv1d(width, classes, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        mask = batch.mask[:, None]  # (B, 1, T)
+        x = torch.cat([batch.features[need.key] for need in self.needs], 1) * mask  # (B, C, T)
+        return self.logits(self.dropout(self.norm(F.relu(self.hidden(x))))), batch.mask  # (B, K, T)
+
+    def loss(self, outputs: tuple[Tensor, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        logits, mask = outputs
+        truth = torch.zeros_like(logits)
+        centers = torch.arange(logits.shape[2]) + 0.5
+        for row, target in zip(truth, targets, strict=True):
+            for (start, end), label in zip(target.segments, target.labels, strict=True):
+                row[label, (centers > start) & (centers < end)] = 1.0
+        terms = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)  # (B, T)
+        return {"rows": ((terms * mask).sum(1) / mask.sum(1)).mean(), "decay": 1e-3 * self.logits.weight.square().sum()}
+
+    def decode(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> list[Segments]:
+        probabilities = outputs[0].sigmoid()
+        found = []
+        for index, video in enumerate(batch.videos):
+            segments, labels, scores = [], [], []
+            for label, row in enumerate(probabilities[index, :, batch.mask[index]].cpu()):
+                active = torch.cat([torch.zeros(1), (row > 0.5).float(), torch.zeros(1)]).diff()
+                for start, end in zip((active > 0).nonzero()[:, 0], (active < 0).nonzero()[:, 0], strict=True):
+                    segments.append([int(start), int(end)])
+                    labels.append(label)
+                    scores.append(float(row[start:end].mean()))
+            rows = torch.tensor(segments, dtype=torch.float32).reshape(-1, 2)
+            seconds = batch.axes[index].to_seconds(rows).clamp(0, batch.durations_s[index])
+            found.append(
+                Segments(
+                    video,
+                    seconds,
+                    torch.tensor(labels, dtype=torch.int64),
+                    torch.tensor(scores),
+                    {"rows": rows[:, 1] - rows[:, 0]},
+                )
+            )
+        return found
+
+
+DETECTORS["toy"] = Toy
+
+
+def make_world(
+    folder: Path,
+    *,
+    training: int = 12,
+    testing: int = 6,
+    streams: tuple[str, ...] = ("rgb", "flow"),
+    channels: int = 8,
+    rows: tuple[int, int] = (40, 90),
+    seed: int = 0,
+    format: Any = "zarr",
+    dtype: Any = np.float16,
+    subsets: tuple[str, str] = ("training", "validation"),
+) -> tuple[Path, Path]:
+    """A store and annotations: each class adds its own direction to the noise of its rows. Returns their paths."""
+    rng = np.random.default_rng(seed)
+    looks = {stream: rng.standard_normal((len(CLASSES), channels)) for stream in streams}
+    database = {}
+    path = folder / f"features-{format}"
+    with open_store(path, "a", format=format) as store:
+        for stream in streams:
+            store.create_stream(stream, {"made": "by hand", "stream": stream}, info={"weights_source": "nowhere"})
+        for index in range(training + testing):
+            count, video = int(rng.integers(*rows)), f"video_{index:03d}"
+            duration_s = AXIS.span_s(count - 1)[1]
+            x = {stream: 0.5 * rng.standard_normal((count, channels)) for stream in streams}
+            annotations, at = [], int(rng.integers(2, 8))
+            while at + 14 < count:
+                label, length = int(rng.integers(len(CLASSES))), int(rng.integers(3, 13))
+                for stream in streams:
+                    x[stream][at : at + length] += looks[stream][label]
+                start_s, end_s = AXIS.to_seconds(np.array([at, at + length]))
+                annotations.append({"segment": [round(start_s, 3), round(end_s, 3)], "label": CLASSES[label]})
+                at += length + int(rng.integers(3, 15))
+            for stream in streams:
+                source = {"name": f"{video}.mp4", "size": index, "mtime_ns": 0}
+                level = Level(x[stream].astype(dtype), AXIS)
+                store.write(stream, video, {"features": level}, duration_s=duration_s, source=source)
+            subset = subsets[0] if index < training else subsets[1]
+            database[video] = {"subset": subset, "duration": round(duration_s, 3), "annotations": annotations}
+    annotation_path = folder / "annotations.json"
+    annotation_path.write_text(json.dumps({"version": "planted", "database": database}), encoding="utf-8")
+    return path, annotation_path
+
+
+def toy_recipe(**changes: Any) -> DetectRecipe:
+    """A short training of the toy with shuffling and dropout; ``train={...}`` and the like replace parts of it."""
+    data: dict[str, Any] = {
+        "detector": "toy",
+        "streams": ["rgb", "flow"],
+        "seed": 3,
+        "model": {"dropout": 0.3},
+        "data": {"holdout": 0.25},
+        "train": {"epochs": 4, "batch_videos": 3, "lr": 1e-2, "ema": 0.9},
+    }
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) and key in data and key != "model" else value
+    return DetectRecipe.model_validate(data)
+
+
+if __name__ == "__main__":
+    from tad.detect import train_detector
+
+    torch.set_num_threads(1)
+    flags = [word for word in sys.argv[1:] if word.startswith("--")]
+    where = [word for word in sys.argv[1:] if not word.startswith("--")]
+    chosen = toy_recipe(**json.loads(where[3])) if len(where) > 3 else toy_recipe()
+    train_detector(chosen, store=where[0], annotations=where[1], out=where[2], resume="--resume" in flags, device="cpu")
