@@ -109,7 +109,8 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
     print(
-        f"{args.seconds:g} s of 340x256 at 30 fps, windows of 16 frames at 224x224, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{args.seconds:g} s of 340x256 at 30 fps, windows of 16 frames at 224x224, {name}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     if args.out:
         args.out.write_text(json.dumps({"device": name, "threads": torch.get_num_threads(), "rows": rows}, indent=2))

@@ -33,7 +33,7 @@ FPS = 12.5
 SIZE = (96, 96)
 VERSION = 1  # goes up when the same seed gives other videos
 
-LOW, HIGH = math.log(0.7), math.log(1.4)  # log scale of every object, acting or not
+LOW, HIGH = math.log(0.6), math.log(1.4)  # log scale of every object, acting or not
 EDGE = 0.2  # objects drift about in [EDGE, 1 - EDGE] of the frame
 MIRRORED = {  # what an action becomes when the picture is flipped left to right; the others stay what they are
     "circle-clockwise": "circle-counterclockwise",
@@ -45,7 +45,7 @@ MIRRORED = {  # what an action becomes when the picture is flipped left to right
 
 # ---- motion: a pose is (x, y, log scale, angle), x and y in shares of the frame, y downwards, the angle clockwise ----------
 def _circle(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, turn: float) -> np.ndarray:
-    radius, omega = rng.uniform(0.12, 0.17), turn * 2 * math.pi / rng.uniform(0.9, 1.5)
+    radius, omega = rng.uniform(0.12, 0.17), turn * 2 * math.pi / rng.uniform(1.1, 1.8)
     inward = math.atan2(0.5 - pose[1], 0.5 - pose[0]) + rng.uniform(
         -1.0, 1.0
     )  # the centre lies towards the middle of the frame
@@ -58,12 +58,12 @@ def _circle(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, turn: 
 
 def _spin(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, turn: float) -> np.ndarray:
     poses = np.repeat(pose[None], len(t), axis=0)
-    poses[:, 3] += turn * 2 * math.pi / rng.uniform(0.9, 1.6) * t
+    poses[:, 3] += turn * 2 * math.pi / rng.uniform(1.4, 2.4) * t
     return poses
 
 
 def _swing(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, axis: int) -> np.ndarray:
-    reach, phase = rng.uniform(0.2, 0.3), t / rng.uniform(0.7, 1.2)
+    reach, phase = rng.uniform(0.2, 0.3), t / rng.uniform(0.8, 1.4)
     poses = np.repeat(pose[None], len(t), axis=0)
     away = 1.0 if pose[axis] < 0.5 else -1.0
     poses[:, axis] += away * reach * (1 - np.abs(1 - 2 * (phase % 1.0)))  # a triangle wave: constant speed, to and fro
@@ -73,7 +73,7 @@ def _swing(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, axis: i
 def _unfold(pose: np.ndarray, t: np.ndarray, rng: np.random.Generator, *, sign: float) -> np.ndarray:
     share = (pose[2] - LOW) / (HIGH - LOW)
     poses = np.repeat(pose[None], len(t), axis=0)
-    poses[:, 2] = LOW + (HIGH - LOW) * ((share + sign * t / rng.uniform(0.7, 1.2)) % 1.0)  # a saw-tooth
+    poses[:, 2] = LOW + (HIGH - LOW) * ((share + sign * t / rng.uniform(0.7, 1.3)) % 1.0)  # a saw-tooth
     return poses
 
 
@@ -155,7 +155,7 @@ def plan_video(
     entropy = (seed,) if isinstance(seed, int) else tuple(seed)
     rng = np.random.default_rng(entropy)
     frames = max(1, round(duration_s * fps))
-    objects = int(rng.integers(2, 4))
+    objects = int(rng.integers(1, 4))
     segments: list[tuple[int, int, str]] = []
     actors: list[int] = []
     at = _log_uniform(rng, gap_s)
@@ -236,10 +236,11 @@ def _sprite(rng: np.random.Generator, side: int = 64) -> np.ndarray:
     }[str(rng.choice(["disc", "square", "triangle", "star"]))]
     cover = np.clip((edge - radius) * side / 4 + 0.5, 0, 1)
     one, two = rng.integers(0, 256, (2, 3))
-    while np.abs(one - two).sum() < 220:
+    while np.abs(one - two).sum() < 300:
         one, two = rng.integers(0, 256, (2, 3))
-    stripes = np.sin(xx * rng.uniform(6, 10)) * 0.25 + np.where(yy > 0, 0.75, 0.25)
-    colour = one + np.clip(stripes, 0, 1)[..., None] * (two - one)
+    sectors = np.sin(int(rng.integers(1, 4)) * angle + rng.uniform(0, 6)) > 0  # turning shows
+    rings = np.sin(radius * rng.uniform(5, 9) + rng.uniform(0, 6)) > 0  # growing shows
+    colour = one + (0.6 * sectors + 0.4 * rings)[..., None] * (two - one)
     return np.dstack([colour, cover * 255]).astype(np.uint8)
 
 
@@ -249,7 +250,7 @@ def render(plan: Plan) -> Iterator[np.ndarray]:
     height, width = plan.size
     unit = min(height, width)
     back = _texture(rng, 2 * height, 2 * width)
-    sizes = rng.uniform(0.26, 0.32, len(plan.poses)) * unit  # pixels across at scale 1
+    sizes = rng.uniform(0.34, 0.42, len(plan.poses)) * unit  # pixels across at scale 1
     sprites = [cv2.resize(_sprite(rng), (math.ceil(1.2 * s),) * 2, interpolation=cv2.INTER_AREA) for s in sizes]
     noise = np.clip(128 + rng.normal(0, rng.uniform(2.0, 6.0), (height + 64, width + 64, 3)), 0, 255).astype(np.uint8)
     shifts = rng.integers(0, 64, (plan.frames, 2))

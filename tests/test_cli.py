@@ -128,8 +128,8 @@ def test_verify_finds_a_flipped_byte(tmp_path: Path, videos: Path) -> None:
 def test_import_then_ls_info_index_gc(tmp_path: Path) -> None:
     (tmp_path / "npy").mkdir()
     rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        np.save(tmp_path / "npy" / f"{name}.npy", rng.standard_normal((50, 8)).astype(np.float32))
+    for name, rows in (("a", 50), ("b", 60)):
+        np.save(tmp_path / "npy" / f"{name}.npy", rng.standard_normal((rows, 8)).astype(np.float32))
     (tmp_path / "npy" / "c.npy").write_bytes(b"no array")
     axis = ["--stream", "rgb", "--fps", 30, "--window", 32, "--stride", 8]
     done = tad("store", "import", tmp_path / "npy", "--store", tmp_path / "s", *axis)
@@ -146,22 +146,18 @@ def test_import_then_ls_info_index_gc(tmp_path: Path) -> None:
 
 
 def test_interrupting_leaves_what_is_complete_and_exits_with_130(tmp_path: Path) -> None:
-    for number in range(30):
-        make_video(
-            tmp_path / "videos" / f"v{number:02d}.mp4",
-            duration_s=20.0 if number else 1.0,
-            seed=0,
-            size=(72, 96),
-            fps=10.0,
-        ) if number < 2 else (tmp_path / "videos" / f"v{number:02d}.mp4").write_bytes(
-            (tmp_path / "videos/v01.mp4").read_bytes()
-        )
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    make_video(folder / "v00.mp4", duration_s=1.0, seed=0, size=(72, 96), fps=10.0)
+    make_video(folder / "v01.mp4", duration_s=20.0, seed=1, size=(72, 96), fps=10.0)
+    for number in range(2, 30):
+        (folder / f"v{number:02d}.mp4").write_bytes((folder / "v01.mp4").read_bytes())
     command = [
         sys.executable,
         "-m",
         "tad.cli",
         "extract",
-        str(tmp_path / "videos"),
+        str(folder),
         "--store",
         str(tmp_path / "s"),
         *TINY,

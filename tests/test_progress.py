@@ -48,10 +48,15 @@ def test_nothing_to_do() -> None:
 
 def test_an_error_is_not_reported_as_done() -> None:
     out, clock = io.StringIO(), Clock()
-    with pytest.raises(KeyError), progress(5, "train", "steps", stream=out, clock=clock) as bar:
-        bar.advance()
-        clock.now = 1.0
-        raise KeyError
+
+    def loop() -> None:
+        with progress(5, "train", "steps", stream=out, clock=clock) as bar:
+            bar.advance()
+            clock.now = 1.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        loop()
     assert out.getvalue() == "train: stopped at 1/5 steps, 1 steps/s, took 1s\n"
 
 

@@ -5,13 +5,14 @@
 Segments are rows ``video, start_s, end_s, label`` (predictions add ``score``); times are seconds.
 """
 
-from tad.annotations._predictions import check_segments, read_predictions, write_predictions
+from tad.annotations._predictions import check_segments, predictions_json, read_predictions, write_predictions
 from tad.annotations._truth import Truth, canonical_subset, read_annotations, read_truth, read_videos
 
 __all__ = [
     "Truth",
     "canonical_subset",
     "check_segments",
+    "predictions_json",
     "read_annotations",
     "read_predictions",
     "read_truth",

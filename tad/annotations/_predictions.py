@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,13 @@ def write_predictions(
         )
 
 
+def predictions_json(predictions: pd.DataFrame, *, videos: Iterable[str] = ()) -> str:
+    """What :func:`write_predictions` writes into a ``.json`` file, as text."""
+    table = check_segments(predictions, what="the predictions", score=True, text=True)
+    header = {"version": "VERSION 1.3", "external_data": {}}
+    return "".join(_json_chunks(table, header, list(videos)))
+
+
 def check_segments(
     table: pd.DataFrame,
     *,
@@ -121,7 +129,7 @@ def check_segments(
     ----------
     table : the segments; further columns are ignored, the index too.
     what : its name in error messages.
-    score : whether it must have scores. label : whether it must have labels; else they are optional.
+    score : whether it must have scores. label : whether it must have labels; else they are optional, for all rows.
     ordered : whether an end before its start is an error. text : whether ids and labels must be text.
 
     Raises
@@ -136,8 +144,10 @@ def check_segments(
         hint = " (proposals have no labels: see average_recall)" if missing == ["label"] else ""
         present = ", ".join(map(str, table.columns)) or "none"
         raise AnnotationError(f"{what}: no column {', '.join(map(repr, missing))}{hint}; found {present}")
-    names = [name for name in ("video", "start_s", "end_s", "label", "score") if name in table.columns]
-    columns = {name: table[name].tolist() for name in names if score or name != "score"}
+    names = ["video", "start_s", "end_s", "label", *(["score"] if score else [])]
+    if "label" not in table.columns or (not label and len(table) and table["label"].isna().all()):
+        names.remove("label")  # proposals
+    columns = {name: table[name].tolist() for name in names}
     problems = Problems(what)
     checked = _table(columns, lambda row: f"row {row}", problems, text=text)
     if ordered:
@@ -224,12 +234,13 @@ def _table(
         word = "the video id" if name == "video" else name
         bad = {value: bad_text(value, word) for value in set(values)} if set(map(type, values)) <= {str} else None
         for row, value in enumerate(values) if bad is None or any(bad.values()) else ():
-            if name == "label" and value is None:
-                complaint: str | None = "has no label, other rows have one"
+            missing = value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+            if missing:
+                complaint: str | None = (
+                    "has no label; all rows need one, or none" if name == "label" else f"{word} is missing"
+                )
             elif isinstance(value, str) or text:
                 complaint = bad_text(value, word)
-            elif value is None or value is pd.NA or value != value:
-                complaint = f"{word} is missing"
             else:
                 complaint = None if isinstance(value, Hashable) else f"{word} is {shown(value)}, which names nothing"
             if complaint is not None:

@@ -106,7 +106,7 @@ def read_truth(
     keep_ambiguous : keep segments labelled ``Ambiguous``, THUMOS14's mark for what is no class.
     classes : class names by index, for files that number them; THUMOS14's are known.
     subsets : further subset names that the file may use besides train, val and test in their spellings.
-    strip_prefix : a prefix to take off video ids that have it, such as ``"v_"``.
+    strip_prefix : a prefix to take off video ids that have it, such as ``"v_"``; those of ``videos`` too.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def read_truth(
         raw = _without_prefix(raw, strip_prefix, problems)
 
     notes: list[str] = []
-    table = _video_table(raw, read_companions(videos, path, set(raw.videos)), subsets, problems)
+    table = _video_table(raw, read_companions(videos, path, set(raw.videos), strip_prefix), subsets, problems)
     segments = _segment_table(raw, table, beyond_end, keep_ambiguous, problems, notes)
     problems.raise_if_any()
     return Truth(table, segments, path, tuple(notes))

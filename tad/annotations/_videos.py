@@ -33,7 +33,9 @@ _JSON_KEYS = {
 }
 
 
-def read_companions(source: VideoSource, annotation: Path, wanted: set[str]) -> dict[str, KnownVideo]:
+def read_companions(
+    source: VideoSource, annotation: Path, wanted: set[str], strip_prefix: str = ""
+) -> dict[str, KnownVideo]:
     """What a table of videos (or several) says of the videos of an annotation.
 
     CSV needs a column for the video and any of subset, duration, fps and frame count (THUMOS14's ``*_video_info.csv``
@@ -49,12 +51,12 @@ def read_companions(source: VideoSource, annotation: Path, wanted: set[str]) -> 
         return {}
     if isinstance(source, pd.DataFrame):
         names: list[object] = ["the videos table"]
-        found = _from_rows(_rows_of_frame(source), Problems("the videos table"), {})
+        found = _from_rows(_rows_of_frame(source), Problems("the videos table"), {}, strip_prefix)
     else:
         paths = [source] if isinstance(source, str | Path) else list(source)
         names, found = list(paths), {}
         for path in paths:
-            found = _from_rows(_rows_of_file(Path(path)), Problems(path), found)
+            found = _from_rows(_rows_of_file(Path(path)), Problems(path), found, strip_prefix)
     if not wanted & set(found):
         theirs, ours = next(iter(found), "none"), next(iter(sorted(wanted)), "none")
         raise AnnotationError(
@@ -106,6 +108,7 @@ def _from_rows(
     rows: list[tuple[str, dict[str, Any]]],
     problems: Problems,
     found: dict[str, KnownVideo],
+    strip_prefix: str,
 ) -> dict[str, KnownVideo]:
     """Check the rows and add them to what earlier files gave."""
     for where, values in rows:
@@ -128,7 +131,7 @@ def _from_rows(
         if math.isnan(duration):
             duration = numbers["frames"] / numbers["fps"]
         row = KnownVideo(subset or "", duration, numbers["fps"])
-        before = found.setdefault(video, row)
+        before = found.setdefault(video.removeprefix(strip_prefix), row)
         if repr(before) != repr(row):  # repr, for NaN is not equal to itself
             problems.add(f"{where}, video {video!r}", "occurs before with other values; keep one")
     problems.raise_if_any()

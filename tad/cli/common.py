@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,13 @@ def say(text: str) -> None:
 def show(data: Any) -> None:
     """JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(table: Any) -> None:
+    """A rich table on stdout, plain where that is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def size_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | str | None:

@@ -46,8 +46,8 @@ def train_detector(
     \b
     tad train-detector talnet --store S --streams i3d-rgb,i3d-flow --annotations A.json -o runs/talnet
     """
-    from tad.detect import detect_recipe
     from tad.detect import train_detector as run
+    from tad.detect.recipes import detect_recipe
     from tad.progress import progress
 
     chosen = detect_recipe(name, file=recipe, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
@@ -94,8 +94,8 @@ def detect(
     tad detect talk.mp4 --run runs/talnet -o found.json
     tad detect --store S --annotations A.json --subset validation --run runs/talnet -o found.json
     """
-    from tad.annotations import predictions_to_dict, write_predictions
-    from tad.detect import postprocess_recipe
+    from tad.annotations import predictions_json, write_predictions
+    from tad.detect.recipes import postprocess_recipe
     from tad.progress import progress
 
     if not videos and store is None:
@@ -121,7 +121,7 @@ def detect(
         write_predictions(o["out"], predictions)
         click.echo(f"{len(predictions)} segments in {predictions['video'].nunique()} videos: {o['out']}")
     else:
-        show(predictions_to_dict(predictions))
+        click.echo(predictions_json(predictions), nl=False)
     for failure in failures:
         say(f"failed: {failure}")
     if failures:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tad.cli.common import as_json, device_option, show
+from tad.cli.common import as_json, device_option, print_table, say, show
 
 
 @click.command()
@@ -42,7 +42,7 @@ def evaluate(
     """
     from tad.annotations import read_predictions, read_truth
     from tad.evaluate import evaluate as score
-    from tad.evaluate import table_text
+    from tad.evaluate import table
 
     truth = read_truth(annotations)
     if o["predictions"]:
@@ -60,7 +60,12 @@ def evaluate(
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-    show(data) if as_json else click.echo(table_text(result))
+    for note in result.notes:
+        say(f"note: {note}")
+    if as_json:
+        show(data)
+    else:
+        print_table(table(result))
 
 
 def score_subset(protocol: str | None) -> str | None:

@@ -18,7 +18,7 @@ from tad.timeline import TimeAxis
 
 CACHE_BYTES = 2 * 1024**3  # training sets up to this size are kept in memory, larger ones are read again every epoch
 KEEP_INSIDE = 0.5  # a truth belongs to a crop when this part of it lies inside (tIoA)
-SLIVER_ROWS = 1e-3  # what is left of a truth after cutting must be longer than this
+SLIVER_ROWS = 1e-3  # a truth, and what is left of it after cutting, must be longer than this
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class RowTruth:
 def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: int) -> RowTruth:
     """Truth in seconds (N, 2) -> row edges, cut to ``[0, rows]``.
 
-    Segments that do not last (end <= start) and those that lie outside all rows are left out and counted.
+    Segments that do not last (a thousandth of a row or less) and those outside all rows are left out and counted.
     """
     segments_s = np.asarray(segments_s, np.float64).reshape(-1, 2)
-    lasting = segments_s[:, 1] > segments_s[:, 0]  # (N,)
+    lasting = segments_s[:, 1] - segments_s[:, 0] > SLIVER_ROWS * axis.scale_s  # (N,)
     edges = np.clip(axis.to_rows(segments_s), 0.0, float(rows))  # (N, 2)
-    inside = edges[:, 1] - edges[:, 0] > np.minimum(
-        SLIVER_ROWS, 0.5 * (segments_s[:, 1] - segments_s[:, 0]) / axis.scale_s
-    )
+    inside = edges[:, 1] - edges[:, 0] > SLIVER_ROWS
     keep = lasting & inside
     return RowTruth(
         edges[keep].astype(np.float32),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -215,7 +216,7 @@ def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> 
 def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
     """Decoded segments by video, and the classes. Raises :class:`RecipeError` when the file is not one of ours."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
         videos, classes = data["videos"].tolist(), data["classes"].tolist()
         bounds = np.searchsorted(data["video"], np.arange(len(videos) + 1))
@@ -226,7 +227,7 @@ def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
             segments, labels, scores = part.pop("segments"), part.pop("labels").long(), part.pop("scores")
             extra = {name.removeprefix("extra/"): value for name, value in part.items()}
             result.append(Segments(video, segments, labels, scores, extra))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, BadZipFile) as error:
         raise RecipeError(
             f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)"
         ) from error

@@ -39,18 +39,27 @@ class RangeMaxima:
         return torch.maximum(left, self.table.index_select(0, base + stop - self.runs[level]))
 
 
-def sliding_max(x: Tensor, kernel: int) -> Tensor:
-    """Max over ``kernel`` neighbouring rows, stride 1, same length: ``x`` (B, C, T), which must not be negative.
+class SlidingMax:
+    """Max over windows of neighbouring rows, stride 1, same length, for any window up to ``longest``: ``x`` (B, C, T) ≥ 0.
 
-    Row i sees rows ``i - (kernel - 1) // 2`` to ``i + kernel // 2``; outside there are zeros, neutral for values ≥ 0. Doubling
-    runs needs log2(kernel) passes, all vectorised, where a pooling layer needs ``kernel`` of them.
+    Windows of 2**k rows are computed once and shared; any other is the larger of two of them, where a pooling layer compares
+    every row of every window. Outside the sequence there are zeros, neutral for values that are not negative.
     """
-    x = nn.functional.pad(x, ((kernel - 1) // 2, kernel // 2))
-    run = 1
-    while 2 * run <= kernel:
-        x = torch.maximum(x[..., :-run], x[..., run:])
-        run *= 2
-    return torch.maximum(x[..., : x.shape[-1] - (kernel - run)], x[..., kernel - run :]) if kernel > run else x
+
+    def __init__(self, x: Tensor, *, longest: int) -> None:
+        self.length, self.left = x.shape[-1], (longest - 1) // 2
+        self.levels = [nn.functional.pad(x, (self.left, longest // 2))]
+        while 2 ** len(self.levels) <= longest:
+            below, run = self.levels[-1], 2 ** (len(self.levels) - 1)
+            self.levels.append(torch.maximum(below[..., :-run], below[..., run:]))
+
+    def __call__(self, kernel: int) -> Tensor:
+        """(B, C, T): row i is the maximum over rows ``i - (kernel - 1) // 2`` to ``i + kernel // 2``."""
+        level = kernel.bit_length() - 1
+        runs, first = self.levels[level], self.left - (kernel - 1) // 2
+        second = first + kernel - 2**level
+        low = runs[..., first : first + self.length]
+        return low if first == second else torch.maximum(low, runs[..., second : second + self.length])
 
 
 def soi_max_pool(features: Tensor, rows: Tensor, segments: Tensor, sample: Tensor, *, bins: int = 7) -> Tensor:

@@ -13,7 +13,7 @@ from tad.detect.segments import paired_tiou, segment_tiou
 from tad.recipe import PostprocessRecipe
 
 Decay = Literal["gaussian", "linear", "hard"]
-BLOCK = 256  # candidates that one step of nms() settles together: pairs cost BLOCK x N, steps N / BLOCK
+BLOCK = 128  # candidates that one step of nms() settles together
 SIDE_BY_SIDE = 2**16  # candidates, padding included, that one pass of soft_nms() works on when there are many labels
 TABLE = 2**19  # up to this many pairs soft_nms() computes all decay ahead; above that, of the segments put out only
 
@@ -59,29 +59,43 @@ def _by_score(indices: Tensor, scores: Tensor) -> Tensor:
 
 
 def _greedy(segments: Tensor, labels: Tensor | None, tiou: float, limit: int | None) -> Tensor:
-    """Positions that greedy NMS keeps of ``segments`` (N, 2), sorted by (label, falling score)."""
-    alive = torch.arange(len(segments), device=segments.device)
-    kept: list[Tensor] = []
+    """Positions that greedy NMS keeps of ``segments`` (N, 2), sorted by (label, falling score); ``limit`` may be overshot."""
+    ends = segments.t().contiguous()  # (2, N): arithmetic on every second number is slow
+    everyone = torch.arange(len(segments), device=segments.device)
+    if labels is not None or limit is None:
+        return _greedy_window(ends, labels, everyone, tiou, None)
+    kept = everyone[:0]
+    for window in everyone.split(max(4 * limit, BLOCK)):  # the limit is mostly reached long before the last candidate
+        window = window[~_removed(ends, kept, window, tiou)]
+        kept = torch.cat((kept, _greedy_window(ends, None, window, tiou, limit - len(kept))))
+        if len(kept) >= limit:
+            break
+    return kept
+
+
+def _greedy_window(ends: Tensor, labels: Tensor | None, alive: Tensor, tiou: float, limit: int | None) -> Tensor:
+    kept = [alive[:0]]
     count = 0
-    while len(alive) and (limit is None or labels is not None or count < limit):
+    while len(alive) and (limit is None or count < limit):
         head, tail = alive[:BLOCK], alive[BLOCK:]
-        rivals = segment_tiou(segments[head], segments[head]) >= tiou
+        rivals = segment_tiou(ends[:, head].t(), ends[:, head].t()) >= tiou
         if labels is not None:
             rivals &= labels[head][:, None] == labels[head]
         keep = head[_settled(rivals.triu(1))]
         kept.append(keep)
         count += len(keep)
-        if labels is None:
-            alive = tail[~(segment_tiou(segments[keep], segments[tail]) >= tiou).any(0)]
-        elif len(tail):  # only the head's last label goes on into the tail, which begins with it
+        stop = len(tail)
+        if labels is not None and stop:  # only the head's last label goes on into the tail, which begins with it
             last = labels[head[-1]]
-            stop = int(torch.searchsorted(labels[tail], last, right=True))
-            rest, keep = tail[:stop], keep[labels[keep] == last]
-            rest = rest[~(segment_tiou(segments[keep], segments[rest]) >= tiou).any(0)]
-            alive = torch.cat((rest, tail[stop:]))
-        else:
-            alive = tail
-    return torch.cat(kept) if kept else alive
+            stop, keep = int(torch.searchsorted(labels[tail], last, right=True)), keep[labels[keep] == last]
+        near = tail[:stop]
+        alive = torch.cat((near[~_removed(ends, keep, near, tiou)], tail[stop:]))
+    return torch.cat(kept)
+
+
+def _removed(ends: Tensor, keep: Tensor, others: Tensor, tiou: float) -> Tensor:
+    """(len(others),) bool: some segment of ``keep`` overlaps this one too much. Both are positions in ``ends`` (2, N)."""
+    return (segment_tiou(ends[:, keep].t(), ends[:, others].t()) >= tiou).any(0)
 
 
 def _settled(removes: Tensor) -> Tensor:

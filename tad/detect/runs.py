@@ -131,7 +131,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); train again with overwrite") from error
+        what = "it holds more than plain types and tensors" if "Unsupported" in str(error) else f"{error}".split("\n")[0]
+        raise WeightsError(f"{path} cannot be read ({what}); train again with overwrite") from error
     if not isinstance(state, dict):
         raise WeightsError(
             f"{path} holds {type(state).__name__}, not the state of a training; train again with overwrite"

@@ -104,16 +104,16 @@ def train_detector(
         if isinstance(outcome, dict):
             return outcome
         show = progress if progress is not None and processes.first else silent
-        return _train(outcome, given=recipe, store=store, truth=truth, path=path, processes=processes, progress=show)
+        return _train(recipe, outcome, store=store, truth=truth, path=path, processes=processes, progress=show)
 
 
 def _may_begin(
     path: Path, recipe: DetectRecipe, truth: Truth, store: Store, *, resume: bool, overwrite: bool
-) -> DetectRecipe | dict[str, Any]:
-    """The recipe to train (that of the run, when it is resumed), or the metrics of a run that is finished."""
+) -> DetectRecipe | dict[str, Any] | None:
+    """The recipe of the run to go on with, the metrics of one that is finished, or None to begin."""
     require_free(path, resume=resume, overwrite=overwrite)
     if not resume or not (path / "features.json").is_file():
-        return recipe
+        return None
     run = Run.load(path)
     env = read_json(path / "env.json")
     given = recipe.model_dump(mode="json")
@@ -137,19 +137,18 @@ def _may_begin(
 
 
 def _train(
-    recipe: DetectRecipe,
-    *,
     given: DetectRecipe,
+    stored: DetectRecipe | None,
+    *,
     store: Store,
     truth: Truth,
     path: Path,
     processes: World,
     progress: ProgressFactory,
 ) -> dict[str, Any]:
-    resuming = processes.on_first(lambda: recipe is not given and (path / "resume.pt").is_file())
-    plan = plan_training(recipe, store, truth)
-    if recipe is given:
-        recipe = resolved(recipe, plan, store)
+    resuming = processes.on_first(lambda: stored is not None and (path / "resume.pt").is_file())
+    plan = plan_training(stored or given, store, truth)
+    recipe = stored or resolved(given, plan, store)
     seed_all(recipe.seed)
     detector = build_detector(recipe.detector, channels=plan.channels, classes=len(plan.classes), **recipe.model)
     check_needs(detector.needs, detector=recipe.detector)

@@ -73,6 +73,8 @@ def select(
     """Check both tables and take out what is not to be scored; see :func:`tad.evaluate.detection_map`."""
     segments = truth.segments if isinstance(truth, Truth) else truth
     segments = check_segments(segments, what="the truth", label=labels or dedupe_s is not None, ordered=True)
+    if not labels and isinstance(predictions, pd.DataFrame):
+        predictions = predictions.drop(columns="label", errors="ignore")
     predictions = check_segments(predictions, what="the predictions", label=labels, score=True)
     known = truth.videos["video"].tolist() if isinstance(truth, Truth) else segments["video"].unique().tolist()
     excluded = {leave_out} if isinstance(leave_out, str) else set(leave_out)

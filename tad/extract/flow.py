@@ -156,6 +156,7 @@ class FlowStream:
         self.bound = bound
         self.threads = max(1, threads)
         self.flow_s = 0.0
+        self._size = (0, 0)  # height and width of this video's frames
         self._gray: np.ndarray | None = None  # the last frame, (H, W)
         self._flow: np.ndarray | None = None  # the last flow, (H, W, 2)
 
@@ -163,10 +164,9 @@ class FlowStream:
         """uint8 RGB frames (n, H, W, 3) → the flows that they complete: (n, H, W, 2), at a video's start n - 1."""
         begun = perf_counter()
         height, width = frames.shape[1:3]
-        if self._gray is not None and self._gray.shape != (height, width):
-            raise ValueError(
-                f"frames of one video differ in size: {self._gray.shape} and {(height, width)}; finish() first"
-            )
+        if self._gray is not None and self._size != (height, width):
+            raise ValueError(f"frames of one video differ in size: {self._size} and {(height, width)}; finish() first")
+        self._size = (height, width)
         grays = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
         if self._gray is not None:
             grays.insert(0, self._gray)
@@ -194,11 +194,9 @@ class FlowStream:
         return quantise(self.estimator(previous, following), self.bound)
 
     def finish(self) -> np.ndarray:
-        """The flow of the video's last frame, uint8 (1, H, W, 2); (0, 0, 0, 2) when no frame was pushed."""
-        last, gray = self._flow, self._gray
-        self._flow = self._gray = None
+        """The flow of the video's last frame, uint8 (1, H, W, 2); (0, H, W, 2) when no frame was pushed."""
+        last, single, size = self._flow, self._gray is not None, self._size
+        self._flow, self._gray, self._size = None, None, (0, 0)
         if last is not None:
             return last[None]
-        if gray is not None:
-            return quantise(np.zeros((1, *gray.shape, 2), np.float32), self.bound)
-        return np.empty((0, 0, 0, 2), np.uint8)
+        return quantise(np.zeros((int(single), *size, 2), np.float32), self.bound)

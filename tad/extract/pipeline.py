@@ -12,11 +12,11 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def extract(
     store: str | Path | Store,
     recipes: ExtractRecipe | Sequence[ExtractRecipe],
     names: Sequence[str] | None = None,
-    format: str | None = None,
+    format: Literal["zarr", "hdf5"] | None = None,
     batch: int = 8,
     device: str | None = None,
     overwrite: bool = False,
@@ -101,28 +101,26 @@ def extract(
     RecipeError, WeightsError, StoreError : before anything is decoded. A video that fails is listed in the report
     instead.
     """
-    if isinstance(store, (str, Path)):
-        with open_store(store, "a", format=format) as opened:  # type: ignore[arg-type]
-            return extract(
-                videos, store=opened, recipes=recipes, names=names, batch=batch, device=device, overwrite=overwrite,
-                failures=failures, progress=progress,
-            )  # fmt: skip
     started = time.perf_counter()
     streams = resolve_all(recipes, names=names, device=device or default_device())
     files = find_videos([videos] if isinstance(videos, (str, Path)) else videos)
-    for stream in streams:
-        store.create_stream(stream.name, stream.spec, info=stream.info)
-    report = ExtractReport()
-    log = FailureLog(failures or default_failures(store), {file.video for file in files}, {s.name for s in streams})
-    todo = plan_work(files, streams, store, report, overwrite=overwrite, log=log)
-    total_s = sum(info.header_duration_s or 0.0 for group in todo.values() for _, _, info in group)
-    try:
-        with progress(total_s, "extract", "s of video") as bar:
-            for group in todo.values():
-                _extract_group(group, store, report, batch=batch, log=log, bar=bar)
-    finally:
-        store.write_catalog()
-        report.wall_s = time.perf_counter() - started
+    with ExitStack() as stack:
+        if not isinstance(store, Store):
+            store = stack.enter_context(open_store(store, "a", format=format))
+        for stream in streams:
+            store.create_stream(stream.name, stream.spec, info=stream.info)
+        log = FailureLog(failures or default_failures(store), {file.video for file in files}, {s.name for s in streams})
+        report = ExtractReport()
+        todo = plan_work(files, streams, store, report, overwrite=overwrite, log=log)
+        total_s = sum(info.header_duration_s or 0.0 for group in todo.values() for _, _, info in group)
+        try:
+            with progress(total_s, "extract", "s of video") as bar:
+                for group in todo.values():
+                    _extract_group(group, store, report, batch=batch, log=log, bar=bar)
+        finally:
+            if report.written:
+                store.write_catalog()
+            report.wall_s = time.perf_counter() - started
     return report
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tad.errors import RecipeError, StoreError
+from tad.extract.backbones import SPECS
 from tad.extract.inputs import find_videos
 from tad.extract.pipeline import ExtractReport, Failure, plan_work, resolve_all
 from tad.extract.snippets import LevelTiler
@@ -25,8 +26,6 @@ def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping
     ------
     RecipeError : unknown backbones, or weights that cannot be assigned.
     """
-    from tad.extract.backbones import SPECS
-
     names = expand(backbones)
     named = dict(item.split("=", 1) for item in weights if item.split("=", 1)[0] in names)
     rest = [item for item in weights if item.split("=", 1)[0] not in named]
@@ -54,7 +53,7 @@ def dry_run(
     store: str,
     recipes: Sequence[ExtractRecipe],
     names: Sequence[str] | None = None,
-    format: str | None = None,
+    format: Literal["zarr", "hdf5"] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """What ``extract`` would do, without writing anything: an item a missing entry, from the files' headers.
@@ -72,7 +71,7 @@ def dry_run(
     files = find_videos(videos)
     report = ExtractReport()
     try:
-        opened = open_store(store, "r", format=format)  # type: ignore[arg-type]
+        opened = open_store(store, "r", format=format)
     except StoreError:
         groups = plan_work(files, streams, None, report, overwrite=overwrite)
     else:

@@ -84,7 +84,7 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
             f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE (docs/backbones.md names public "
             "ones), or say --weights random for features of an untrained network"
         )
-    backbone = build_backbone(recipe.backbone, weights=recipe.weights).eval().to(device)
+    backbone = build_backbone(recipe.backbone, weights=recipe.weights).eval().fuse().to(device)
     spec = backbone.spec
     plan = SnippetPlan(recipe.window or spec.window, recipe.interval or spec.interval, recipe.stride or spec.stride)
     if plan.window < spec.min_frames:
@@ -101,10 +101,9 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         plan.check_level(level, stride)
     flow = build_flow(recipe.flow or "dis") if spec.modality == "flow" else None
     short_side = recipe.short_side or spec.short_side
-    variant = getattr(backbone, "variant", None)
     described: dict[str, Any] = {
         "backbone": spec.name,
-        "variant": variant,
+        "variant": backbone.variant,
         "weights": backbone.weights_id,
         "fps": recipe.fps,
         "window": plan.window,

@@ -152,13 +152,16 @@ class Store:
         if backend.stream_attrs(name) is None and backend.put_stream(name, attrs):
             self._changed = True
             return str(attrs["fingerprint"])
-        stored = self._stream(stream)
-        if differing := spec_differences(stored["spec"], attrs["spec"]):
+        self.check_stream(stream, attrs["spec"])
+        return str(self._stream(stream)["fingerprint"])
+
+    def check_stream(self, stream: str, spec: Mapping[str, Any]) -> None:
+        """Raise :class:`StoreError` naming every differing field when ``stream`` is bound to another recipe than ``spec``."""
+        if stream in self.streams() and (differing := spec_differences(self._stream(stream)["spec"], dict(spec))):
             raise StoreError(
                 f"{self.path}: stream {stream!r} was made with another recipe ({'; '.join(differing)}). "
                 "Use the stored recipe, or give the new one another stream name"
             )
-        return str(stored["fingerprint"])
 
     def streams(self) -> list[str]:
         """The names of all streams, sorted."""

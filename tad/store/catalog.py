@@ -113,7 +113,8 @@ def _scan(store: Store) -> Iterator[dict[str, Any]]:
             yield row | {"duration_s": attrs["duration_s"], "written_at": attrs["written_at"]}
     if damaged:
         some = ", ".join(damaged[:3]) + (", ..." if len(damaged) > 3 else "")
-        warnings.warn(f"{store.path}: {len(damaged)} damaged entries are not listed ({some}); verify the store")
+        message = f"{store.path}: {len(damaged)} damaged entries are not listed ({some}); verify the store"
+        warnings.warn(message, stacklevel=2)
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -32,8 +32,8 @@ class SnippetDataset(Dataset[dict[str, Any]]):
     level : the level of every stream; None takes ``features``, else the finest.
     videos : ids; None takes those that every stream has.
 
-    An item is a dict: ``video``, ``features`` (stream → (T, C, ...) tensor), ``axes`` (stream → TimeAxis, row 0 being the
-    item's first row), ``row`` (where the window starts in the first stream) and ``duration_s`` (of the video).
+    An item is a dict: ``video``, ``features`` (stream → (T, C, ...) tensor), ``axes`` (stream → TimeAxis, row 0 being
+    the item's first row), ``row`` (where the window starts in the first stream) and ``duration_s`` (of the video).
 
     Raises
     ------

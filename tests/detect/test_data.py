@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toydetector import AXIS, CLASSES, make_world, toy_recipe
 
 from tad.annotations import Truth, read_truth
 from tad.detect import preflight
@@ -24,6 +23,7 @@ from tad.errors import AnnotationError, RecipeError, StoreError
 from tad.progress import silent
 from tad.store import Level, Store, open_store
 from tad.timeline import TimeAxis
+from tests.detect.toydetector import AXIS, CLASSES, make_world, toy_recipe
 
 NEEDS = (LevelSpec("rgb"), LevelSpec("flow"))
 
@@ -39,44 +39,45 @@ def write(store: Store, stream: str, video: str, rows: np.ndarray, axis: TimeAxi
     store.write(stream, video, {"features": Level(rows, axis)}, duration_s=duration_s, source=source)
 
 
-# ---- truth in rows -----------------------------------------------------------------------------------------------------
+# ---- truth in rows -----------------------------------------------------------------------------------------
 def test_truth_is_cut_to_the_rows_and_what_is_left_out_is_counted() -> None:
     axis = TimeAxis(scale_s=2.0, translation_s=1.0, window_s=2.0)  # row i fills [2i, 2i + 2) seconds
-    seconds = np.array([[4, 8], [-3, 3], [18, 50], [20, 30], [-9, 0], [5, 5], [7, 6], [4.001, 4.002]])
+    seconds = np.array([[4, 8], [-3, 3], [18, 50], [20, 30], [-9, 0], [5, 5], [7, 6], [4, 4.1]])
     truth = row_truth(seconds, np.arange(8), axis, rows=10)
-    np.testing.assert_allclose(truth.segments, [[2, 4], [0, 1.5], [9, 10], [2.0005, 2.001]], atol=1e-6)
+    np.testing.assert_allclose(truth.segments, [[2, 4], [0, 1.5], [9, 10], [2, 2.05]], atol=1e-6)
     assert truth.labels.tolist() == [0, 1, 2, 7]
     assert (truth.outside, truth.empty) == (2, 2)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(-20, 120), st.floats(-20, 120)), max_size=6),
+    st.lists(st.tuples(st.integers(-2000, 12000), st.integers(-2000, 12000)), max_size=6),
     st.integers(1, 40),
-    st.floats(0.1, 5),
-    st.floats(0, 5),
+    st.integers(10, 500),
+    st.integers(0, 500),
 )
 def test_row_truth_equals_a_slow_reference(
-    pairs: list[tuple[float, float]], rows: int, scale_s: float, translation_s: float
+    pairs: list[tuple[int, int]], rows: int, scale: int, translation: int
 ) -> None:
-    axis = TimeAxis(scale_s, translation_s, scale_s)
-    truth = row_truth(np.array(pairs), np.arange(len(pairs)), axis, rows)
-    left_s, right_s = axis.to_seconds(0.0), axis.to_seconds(float(rows))
+    """In hundredths of a second, so that the reference is exact."""
+    axis = TimeAxis(scale / 100, translation / 100, scale / 100)
+    truth = row_truth(np.array(pairs) / 100, np.arange(len(pairs)), axis, rows)
+    left2, right2 = 2 * translation - scale, 2 * translation - scale + 2 * rows * scale
     expected, outside, empty = [], 0, 0
     for label, (start, end) in enumerate(pairs):
+        inside2 = max(2 * start, left2), min(2 * end, right2)
         if end <= start:
             empty += 1
-        elif (min(end, right_s) - max(start, left_s)) / scale_s <= min(1e-3, (end - start) / scale_s / 2):
+        elif inside2[1] <= inside2[0]:
             outside += 1
         else:
-            inside_s = (max(start, left_s), min(end, right_s))
-            expected.append((*(float(axis.to_rows(edge)) for edge in inside_s), label))
+            expected.append(((inside2[0] - left2) / scale / 2, (inside2[1] - left2) / scale / 2, label))
     assert (truth.outside, truth.empty) == (outside, empty)
     assert truth.labels.tolist() == [label for *_, label in expected]
     np.testing.assert_allclose(truth.segments, np.array([e[:2] for e in expected]).reshape(-1, 2), atol=1e-4)
 
 
-# ---- streams on one axis -----------------------------------------------------------------------------------------------
+# ---- streams on one axis -----------------------------------------------------------------------------------
 def test_streams_on_one_axis_are_taken_as_they_are_and_one_row_more_is_cut(tmp_path: Path) -> None:
     rgb, flow = np.random.default_rng(0).standard_normal((2, 12, 3)).astype(np.float16)
     with open_store(tmp_path / "s.zarr", "a") as store:
@@ -154,7 +155,7 @@ def test_pooled_rows_are_means_and_lie_on_the_pooled_axis(tmp_path: Path, spacin
 
 
 def test_layouts_that_do_not_exist_yet_are_refused() -> None:
-    with pytest.raises(RecipeError, match="'x' reads stream 'rgb' in layout 'windowed'.*: full"):
+    with pytest.raises(RecipeError, match=r"'x' reads stream 'rgb' in layout 'windowed'.*: full"):
         check_needs([LevelSpec("rgb", layout="windowed")], detector="x")
     with pytest.raises(RecipeError, match="'x' declares no streams"):
         check_needs([], detector="x")
@@ -176,7 +177,7 @@ def test_levels_have_keys_of_their_own_and_maps_are_refused(tmp_path: Path) -> N
             read_sample(store, (LevelSpec("i3d", "map"),), "v")
 
 
-# ---- crops and batches -------------------------------------------------------------------------------------------------
+# ---- crops and batches -------------------------------------------------------------------------------------
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.data())
 def test_a_crop_keeps_what_lies_half_inside_and_moves_nothing_in_time(rows: int, data: st.DataObject) -> None:
@@ -196,7 +197,9 @@ def test_a_crop_keeps_what_lies_half_inside_and_moves_nothing_in_time(rows: int,
             expected.append((label, max(a, start), min(b, start + length)))
     assert cut.labels.tolist() == [label for label, *_ in expected]
     np.testing.assert_allclose(
-        cut.axis.to_seconds(cut.segments), [[AXIS.to_seconds(x) for x in e[1:]] for e in expected] or np.zeros((0, 2)), atol=1e-4
+        cut.axis.to_seconds(cut.segments),
+        [[AXIS.to_seconds(x) for x in e[1:]] for e in expected] or np.zeros((0, 2)),
+        atol=1e-4,
     )
     assert ((cut.segments >= 0) & (cut.segments <= length)).all()
 
@@ -204,7 +207,12 @@ def test_a_crop_keeps_what_lies_half_inside_and_moves_nothing_in_time(rows: int,
 def test_collate_pads_with_zeros_and_says_which_rows_are_real() -> None:
     rng = np.random.default_rng(3)
     samples = [
-        Sample(f"v{n}", {"a": rng.standard_normal((n, 2)).astype(np.float16), "b": np.ones((n, 3))}, AXIS.shifted(n), 9.0 + n)
+        Sample(
+            f"v{n}",
+            {"a": rng.standard_normal((n, 2)).astype(np.float16), "b": np.ones((n, 3))},
+            AXIS.shifted(n),
+            9.0 + n,
+        )
         for n in (3, 1, 5)
     ]
     samples[0] = replace(samples[0], segments=np.array([[0, 2]], np.float32), labels=np.array([1]))
@@ -226,7 +234,9 @@ def test_collate_pads_with_zeros_and_says_which_rows_are_real() -> None:
     assert collate([]) is None
 
 
-def dataset(store: Store, *, max_rows: int = 4096, seed: int = 0, cache: dict[str, Sample] | None = None) -> VideoDataset:
+def dataset(
+    store: Store, *, max_rows: int = 4096, seed: int = 0, cache: dict[str, Sample] | None = None
+) -> VideoDataset:
     truth = {v: RowTruth(np.array([[1, 4]], np.float32), np.array([0])) for v in store.videos("rgb")}
     return VideoDataset(
         store=store, needs=NEEDS, truth=truth, row_spacing=1, max_rows=max_rows, seed=seed, cache=cache or {}
@@ -305,7 +315,7 @@ def test_workers_change_neither_batches_nor_the_global_generators(world: tuple[P
         assert torch.equal(one.features["rgb"], other.features["rgb"])
 
 
-# ---- before the training -----------------------------------------------------------------------------------------------
+# ---- before the training -----------------------------------------------------------------------------------
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.text(min_size=1, max_size=8), min_size=2, max_size=60), st.floats(0.01, 0.9), st.integers(-5, 5))
 def test_the_held_out_part_depends_on_ids_and_seed_alone(ids: set[str], part: float, seed: int) -> None:
@@ -402,12 +412,14 @@ def test_videos_without_features_are_listed(world: tuple[Path, Path]) -> None:
 
 def test_ids_that_match_nowhere_are_shown_side_by_side(world: tuple[Path, Path]) -> None:
     edit(world[1], lambda database: [database.update({f"v_{k}": database.pop(k)}) for k in list(database)])
-    with pytest.raises(StoreError, match=r"none of the 12 videos of subset 'training'.*'v_video_000'.*'video_000'.*prefix"):
+    with pytest.raises(
+        StoreError, match=r"none of the 12 videos of subset 'training'.*'v_video_000'.*'video_000'.*prefix"
+    ):
         plan(world)
 
 
 def test_unknown_streams_are_guessed(world: tuple[Path, Path]) -> None:
-    with pytest.raises(StoreError, match="no stream 'flw'. Did you mean 'flow'"):
+    with pytest.raises(StoreError, match=r"no stream 'flw'\. Did you mean 'flow'"):
         plan(world, streams=["rgb", "flw"])
 
 
@@ -432,7 +444,7 @@ def test_truth_in_frames_is_found_out(world: tuple[Path, Path]) -> None:
                 item["segment"] = [1000 + 25 * x for x in item["segment"]]
 
     edit(world[1], change)
-    with pytest.raises(RecipeError, match="none of the .* training segments lies on the rows.*in seconds"):
+    with pytest.raises(RecipeError, match=r"none of the .* training segments lies on the rows.*in seconds"):
         plan(world)
 
 

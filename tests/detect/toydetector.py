@@ -1,10 +1,12 @@
 """A detector small enough to check by hand, and a small world of planted actions to train it on.
 
-Run as a script it trains: ``python toydetector.py STORE ANNOTATIONS OUT [--resume] [RECIPE-JSON]``.
+Run as a script it trains: ``python -m tests.detect.toydetector STORE ANNOTATIONS OUT [RECIPE-JSON]``.
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ CLASSES = ("jump", "run", "throw")
 AXIS = TimeAxis.from_frames(fps=25, window_frames=16, stride_frames=8)
 
 
+class RowNorm(nn.LayerNorm):
+    """Each row by itself, so that padding changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, T)
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 class Toy(Detector):
     """Row-wise classifier; neighbouring rows of one class make a segment. Its loss is a mean over videos."""
 
@@ -32,7 +41,7 @@ class Toy(Detector):
         super().__init__()
         self.needs = tuple(LevelSpec(stream) for stream in channels)
         self.hidden = nn.Conv1d(sum(channels.values()), width, 3, padding=1)
-        self.norm = nn.GroupNorm(1, width) if norm else nn.Identity()
+        self.norm = RowNorm(width) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Conv1d(width, classes, 1)
 
@@ -138,11 +147,26 @@ def toy_recipe(**changes: Any) -> DetectRecipe:
     return DetectRecipe.model_validate(data)
 
 
+def stop_at(steps: int, marker: Path) -> None:
+    """Make the toy write ``marker`` in this call of ``loss`` and wait there to be killed."""
+    loss, calls = Toy.loss, []
+
+    def waiting(self: Toy, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        if len(calls) == steps:
+            marker.touch()
+            time.sleep(600)
+        return loss(self, outputs, targets)
+
+    Toy.loss = waiting  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     from tad.detect import train_detector
 
     torch.set_num_threads(1)
-    flags = [word for word in sys.argv[1:] if word.startswith("--")]
-    where = [word for word in sys.argv[1:] if not word.startswith("--")]
-    chosen = toy_recipe(**json.loads(where[3])) if len(where) > 3 else toy_recipe()
-    train_detector(chosen, store=where[0], annotations=where[1], out=where[2], resume="--resume" in flags, device="cpu")
+    if "TOY_STOP" in os.environ:
+        count, _, path_text = os.environ["TOY_STOP"].partition(":")
+        stop_at(int(count), Path(path_text))
+    chosen = toy_recipe(**json.loads(sys.argv[4])) if len(sys.argv) > 4 else toy_recipe()
+    train_detector(chosen, store=sys.argv[1], annotations=sys.argv[2], out=sys.argv[3], device="cpu")

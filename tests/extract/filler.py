@@ -1,7 +1,7 @@
-"""Deterministic weights and clips for parity checks: every tensor is drawn from a generator seeded by its own key name.
+"""Deterministic weights and clips for parity checks: every tensor is drawn from a generator seeded by its own name.
 
-The rule is that of ``golden/backbones/README.md``; the recorded outputs of the public implementations were made with it, so a
-network that is filled by the *public* key names and loaded through tad must reproduce them.
+The rule is that of ``golden/backbones/README.md``; the recorded outputs of the public implementations were made with
+it, so a network that is filled by the *public* key names and loaded through tad must reproduce them.
 """
 
 from __future__ import annotations

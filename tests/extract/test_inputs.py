@@ -28,7 +28,7 @@ def test_colliding_stems_are_told_apart(tmp_path: Path) -> None:
     found = ids(tmp_path)
     assert len(set(found)) == 5
     assert {"test.avi", "test.mp4", "one"} <= set(found)
-    assert sum(name.endswith("x/clip.mp4") or name.endswith("y/clip.mp4") for name in found) == 2
+    assert sum(name.endswith(("x/clip.mp4", "y/clip.mp4")) for name in found) == 2
 
 
 def test_the_same_file_counts_once_and_missing_ones_are_kept(tmp_path: Path) -> None:

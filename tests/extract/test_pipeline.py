@@ -175,7 +175,7 @@ def test_a_stream_is_bound_to_its_recipe(tmp_path: Path, videos: Path) -> None:
         ({"weights": None}, WeightsError, "random"),
         ({"backbone": "tinny"}, RecipeError, "tiny"),
         ({"flow": "dis"}, RecipeError, "RGB"),
-        ({"window": 12, "levels": True}, RecipeError, "multiple"),
+        ({"window": 14, "levels": True}, RecipeError, "multiple"),
         ({"weights": "absent.pt"}, WeightsError, "absent.pt"),
     ],
 )
@@ -184,8 +184,7 @@ def test_recipes_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(error, match=words):
         extract(videos, store=tmp_path / "s", recipes=recipe(**changes))
-    with open_store(tmp_path / "s", "a") as store:
-        assert store.streams() == []
+    assert not (tmp_path / "s").exists()
 
 
 def test_crops_square_rectangular_and_full(tmp_path: Path, videos: Path) -> None:
@@ -203,13 +202,13 @@ def test_crops_square_rectangular_and_full(tmp_path: Path, videos: Path) -> None
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
-    """Ten minutes against half a minute: all frames of the long one would be 166 MB, its rows are 2 MB."""
+    """Ten minutes against half a minute: all frames of the long one would be 83 MB, its rows are under 1 MB."""
     peaks = {}
     for seconds in (30, 600):
         path = tmp_path / f"v{seconds}.mp4"
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (128, 96))
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5.0, (128, 96))
         ramp = np.tile(np.arange(128, dtype=np.uint8), (96, 1))
-        for index in range(seconds * 10):
+        for index in range(seconds * 5):
             writer.write(cv2.merge([np.roll(ramp, index), ramp, np.roll(ramp, -index)]))
         writer.release()
         code = f"""
@@ -217,14 +216,15 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
             torch.set_num_threads(1)
             from tad.extract import extract
             from tad.recipe import ExtractRecipe
-            recipes = [ExtractRecipe(backbone=n, weights="random", stride=16, short_side=96, crop=(96, 96)) for n in ("tiny", "tiny-flow")]
+            same = dict(weights="random", stride=16, short_side=96, crop=(96, 96))
+            recipes = [ExtractRecipe(backbone=n, **same) for n in ("tiny", "tiny-flow")]
             report = extract({str(path)!r}, store={str(tmp_path / f"s{seconds}")!r}, recipes=recipes, batch=4)
             assert report.video_s > {seconds} - 1, report
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         """
         out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
         peaks[seconds] = int(out.stdout) / 1024  # MiB
-    assert peaks[600] < peaks[30] + 40, peaks
+    assert peaks[600] < peaks[30] + 30, peaks
 
 
 def test_every_real_video_goes_into_both_kinds_of_store(tmp_path: Path, shared: Path) -> None:

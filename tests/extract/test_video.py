@@ -143,8 +143,9 @@ class FakeDecoder:
 
     name = "fake"
 
-    def __init__(self, times_s: list[float]) -> None:
+    def __init__(self, times_s: list[float], header_frames: int | None = None) -> None:
         self.times_s = times_s
+        self.header_frames = header_frames
         self.index = 0
 
     def grab(self) -> bool:
@@ -155,10 +156,11 @@ class FakeDecoder:
         return self.times_s[self.index]
 
     def retrieve(self) -> np.ndarray | None:
-        return None if self.index >= len(self.times_s) else np.full((1, 1, 3), self.index, np.uint8)
+        return None if self.index >= len(self.times_s) else np.full((1, 1, 3), self.index % 256, np.uint8)
 
     def header(self) -> decoders.Header:
-        return decoders.Header("fake", 30.0, None, None, 0.0, 0)
+        duration_s = None if self.header_frames is None else self.header_frames / 30
+        return decoders.Header("fake", 30.0, self.header_frames, duration_s, 0.0, 0)
 
     def close(self) -> None:
         pass
@@ -244,6 +246,31 @@ def test_a_truncated_file_is_flagged_and_used(tmp_path: Path) -> None:
     assert reader.info.header_duration_s == pytest.approx(10.0)
     assert "cut off or damaged" in reader.notes[0]
     assert "10.00 s" in reader.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "header_frames", "truncated"),
+    [
+        (100, 30, 100, False),
+        (98, 30, 100, False),
+        (97, 30, 100, True),
+        (980, 30, 1000, False),
+        (979, 30, 1000, True),
+        (1, 30, 3, False),
+        (50, 15, 100, False),  # half the frames in the whole time: a variable rate
+        (100, 60, 100, False),  # all the frames in half the time: the last one lasts
+        (200, 30, 100, False),
+        (50, 30, None, False),
+    ],
+)
+def test_truncated_means_frames_and_seconds_are_missing(
+    monkeypatch: pytest.MonkeyPatch, frames: int, rate: int, header_frames: int | None, truncated: bool
+) -> None:
+    times = [index / rate for index in range(frames)]
+    monkeypatch.setattr(video, "open_decoder", lambda *_, **__: FakeDecoder(times, header_frames))
+    reader = FrameReader("fake", geometry=Geometry(1, None))
+    list(reader)
+    assert (reader.truncated, len(reader.notes)) == (truncated, int(truncated))
 
 
 def test_a_header_that_lies_sizes_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tad.detect.anchors import anchor_scales_for, best_truth, make_anchors, match_anchors
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
-from tad.detect.pooling import SoIAlign, SoIPool, sliding_max
+from tad.detect.pooling import SlidingMax, SoIAlign, SoIPool
 from tad.detect.postprocess import nms
 from tad.detect.sampling import balanced_sample
 from tad.detect.segments import clip_segments, decode_center_length, encode_center_length, expand_segments, segment_tiou
@@ -46,13 +46,12 @@ class Tower(nn.Module):
         self.objectness = nn.Conv1d(width, anchors, 1)
         self.offsets = nn.Conv1d(width, 2 * anchors, 1)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (B, W, T) ≥ 0, zero where ``mask`` (B, 1, T) is → objectness (B, A, T) and offsets (B, A, 2, T)."""
-        if self.pool > 1:
-            x = sliding_max(x, self.pool) * mask  # (B, W, T)
-        x = F.relu(self.convs[0](x)) * mask
-        x = F.relu(self.convs[1](x))
-        return self.objectness(x), self.offsets(x).unflatten(1, (self.anchors, 2))
+    def forward(self, x: SlidingMax, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``x`` (B, W, T), zero where ``mask`` (B, 1, T) is → objectness (B, A, T) and offsets (B, A, 2, T)."""
+        y = x(self.pool) * mask  # (B, W, T)
+        y = F.relu(self.convs[0](y)) * mask
+        y = F.relu(self.convs[1](y))
+        return self.objectness(y), self.offsets(y).unflatten(1, (self.anchors, 2))
 
 
 class SegmentProposalNetwork(nn.Module):
@@ -78,7 +77,7 @@ class SegmentProposalNetwork(nn.Module):
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``features`` (B, C, T), ``mask`` (B, 1, T) → objectness (B, T, K) and offsets (B, T, K, 2)."""
-        x = F.relu(self.reduce(features)) * mask  # (B, W, T)
+        x = SlidingMax(F.relu(self.reduce(features)) * mask, longest=max(tower.pool for tower in self.towers))
         objectness, offsets = zip(*(tower(x, mask) for tower in self.towers), strict=True)
         return torch.cat(objectness, 1).transpose(1, 2), torch.cat(offsets, 1).permute(0, 3, 1, 2)
 

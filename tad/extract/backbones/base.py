@@ -55,15 +55,26 @@ class BackboneSpec:
 
 
 class Backbone(nn.Module):
-    """Base class: subclasses set ``spec`` and define ``forward``."""
+    """Base class: subclasses set ``spec`` and define ``forward``.
+
+    ``weights_id`` says which weights it has: ``sha256:<hex>`` of a file or state dict, ``random:<seed>``, ``None``
+    for weights
+    that the caller looks after. ``variant`` names the arithmetic where a network has several (see the network's file).
+    """
 
     spec: BackboneSpec
+    weights_id: str | None = None
+    variant: str | None = None
 
     def forward(self, clips: Tensor, *, levels: bool = False) -> dict[str, Tensor]:
         """Normalised clips (B, C, T, H, W) → ``{"features": (B, D)}``, with ``levels`` also the stage maps (B, C,
         T', H', W').
         """
         raise TypeError(f"{type(self).__name__} does not define forward()")
+
+    def fuse(self) -> Backbone:
+        """Fold what can be folded for inference, in place; the outputs stay the same to rounding."""
+        return self
 
     def normalise(self, clips: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 clips (B, C, T, H, W) → what ``forward`` takes: value range first, then mean and std per channel."""
