@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "detect": {"store", "annotations", "timeline", "recipe", "evaluate"},  # evaluate: checkpoints are chosen by mAP
     "synth": {"annotations"},
     "apply": {"store", "annotations", "timeline", "recipe", "extract", "detect"},
-    "demo": ALL,
+    "demo": ALL - {"demo"},
     "cli": ALL,
 }
 
@@ -67,7 +67,7 @@ def test_imports_follow_the_rules(path: Path) -> None:
 
 def test_the_rules_have_no_circle() -> None:
     seen: set[str] = set()
-    while ready := {part for part, needs in ALLOWED.items() if part not in seen and needs - FREE <= seen}:
+    while ready := {part for part, needs in ALLOWED.items() if part not in seen and needs - {part} <= seen | FREE}:
         seen |= ready
     assert seen == set(ALLOWED)
 
@@ -92,7 +92,7 @@ def test_no_path_of_a_machine_in_the_tree() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    pattern = re.compile(r"/(?:work|root|home)/[A-Za-z]")
+    pattern = re.compile(r"(?<![\w.])/(?:work|root|home)/[A-Za-z]")
     suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".txt"}
     bad = [
         name

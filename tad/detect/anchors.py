@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ TIE = 1e-5  # tIoUs closer than this are equal
 
 
 def make_anchors(rows: int, scales: Tensor) -> Tensor:
-    """Anchors (rows, K, 2) in row edges: for each row one of every scale (K,), centred on the row. They may cross the ends."""
+    """Anchors (rows, K, 2) in row edges: one of every scale (K,) centred on each row. They may cross the ends."""
     centers = torch.arange(rows, dtype=scales.dtype, device=scales.device)[:, None] + 0.5
     return torch.stack((centers - 0.5 * scales, centers + 0.5 * scales), dim=-1)
 
@@ -48,7 +49,7 @@ def match_anchors(anchors: Tensor, truths: Tensor, tiou: Tensor, *, above: float
 
     Returns
     -------
-    ``positive`` (N,) bool, ``negative`` (N,) bool, ``truth`` (N,) int64. Every truth that any anchor overlaps has at least one
+    ``positive`` (N,) bool, ``negative`` (N,) bool, ``truth`` (N,) int64. Every truth that any anchor overlaps has a
     positive anchor: that of largest tIoU; among equal ones the nearest by centre (a truth longer than all anchors would
     otherwise make every anchor inside it positive), and all of these when they are equally near.
     """
@@ -64,6 +65,20 @@ def match_anchors(anchors: Tensor, truths: Tensor, tiou: Tensor, *, above: float
     return (best > above) | is_forced, (best < below) & ~is_forced, truth
 
 
+def checked_scales(scales: Iterable[float]) -> tuple[float, ...]:
+    """``scales`` as given, or :class:`RecipeError` unless they are positive, finite numbers of rows, at least one."""
+    values = tuple(scales) if isinstance(scales, Iterable) and not isinstance(scales, str) else ()
+    numbers = [s for s in values if isinstance(s, (int, float)) and math.isfinite(s) and s > 0]
+    if not values or len(numbers) != len(values):
+        hint = (
+            " ('auto' is for recipes: the detector's resolve() turns it into numbers)"
+            if isinstance(scales, str)
+            else ""
+        )
+        raise RecipeError(f"anchor_scales must be positive numbers of rows, got {scales!r}{hint}")
+    return values
+
+
 def anchor_scales_for(
     lengths_rows: np.ndarray, count: int | None = None, *, overlap: float = 0.7, share: float = 0.98
 ) -> tuple[float, ...]:
@@ -72,8 +87,8 @@ def anchor_scales_for(
     Parameters
     ----------
     lengths_rows : (N,) lengths of the training actions in rows.
-    count : this many scales (fewer where rounding makes two equal). None: as few as are needed for ``share`` of the actions
-        to have a scale with tIoU ≥ ``overlap`` when both have the same centre.
+    count : this many scales (fewer where rounding makes two equal). None: as few as it takes for ``share`` of the
+        actions to have a scale with tIoU ≥ ``overlap`` when both have the same centre.
 
     Returns
     -------

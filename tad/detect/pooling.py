@@ -40,10 +40,10 @@ class RangeMaxima:
 
 
 class SlidingMax:
-    """Max over windows of neighbouring rows, stride 1, same length, for any window up to ``longest``: ``x`` (B, C, T) ≥ 0.
+    """Max-pooling of ``x`` (B, C, T), not negative, with stride 1, same length, and any kernel up to ``longest``.
 
-    Windows of 2**k rows are computed once and shared; any other is the larger of two of them, where a pooling layer compares
-    every row of every window. Outside the sequence there are zeros, neutral for values that are not negative.
+    Windows of 2**k rows are computed once and shared; any other is the larger of two of them, where a pooling layer
+    compares every row of every window. Outside the sequence there are zeros, neutral for values that are not negative.
     """
 
     def __init__(self, x: Tensor, *, longest: int) -> None:

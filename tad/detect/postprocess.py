@@ -59,7 +59,10 @@ def _by_score(indices: Tensor, scores: Tensor) -> Tensor:
 
 
 def _greedy(segments: Tensor, labels: Tensor | None, tiou: float, limit: int | None) -> Tensor:
-    """Positions that greedy NMS keeps of ``segments`` (N, 2), sorted by (label, falling score); ``limit`` may be overshot."""
+    """Positions that greedy NMS keeps of ``segments`` (N, 2), which are sorted by label, then falling score.
+
+    ``limit`` (over all labels) may be overshot.
+    """
     ends = segments.t().contiguous()  # (2, N): arithmetic on every second number is slow
     everyone = torch.arange(len(segments), device=segments.device)
     if labels is not None or limit is None:
@@ -94,15 +97,15 @@ def _greedy_window(ends: Tensor, labels: Tensor | None, alive: Tensor, tiou: flo
 
 
 def _removed(ends: Tensor, keep: Tensor, others: Tensor, tiou: float) -> Tensor:
-    """(len(others),) bool: some segment of ``keep`` overlaps this one too much. Both are positions in ``ends`` (2, N)."""
+    """(M,) bool: some segment of ``keep`` overlaps this one of ``others`` (M,) too much; positions in ``ends`` (2, N)."""
     return (segment_tiou(ends[:, keep].t(), ends[:, others].t()) >= tiou).any(0)
 
 
 def _settled(removes: Tensor) -> Tensor:
-    """(n,) bool: who stays, given ``removes`` (n, n), whose row i says whom i removes (later ones only) if i stays itself.
+    """(n,) bool: who stays. Row i of ``removes`` (n, n) says whom i removes if it stays itself: only later ones.
 
-    Iterates ``stays = nobody who stays removes me`` from all-stay; after k rounds the first k are final, so the fixed point is
-    the greedy result, and it is mostly reached after a handful of rounds.
+    Iterates ``stays = nobody who stays removes me`` from all-stay. After k rounds the first k are final, so the fixed point
+    is the greedy result; it is mostly reached after a handful of rounds.
     """
     stays = torch.ones(len(removes), dtype=torch.bool, device=removes.device)
     while True:
@@ -128,8 +131,8 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """Soft-NMS (Bodla et al., 2017): the best remaining segment is put out, then the scores of its rivals fall; repeat.
 
-    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is multiplied by
-    ``exp(-tIoU ** power / sigma)`` (``gaussian``), by ``1 - tIoU`` (``linear``), or it is removed (``hard``).
+    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is multiplied
+    by ``exp(-tIoU ** power / sigma)`` (``gaussian``), by ``1 - tIoU`` (``linear``), or it is removed (``hard``).
 
     Parameters
     ----------
@@ -137,8 +140,8 @@ def soft_nms(
     scores : (N,), not negative; equal scores rank by their place in the input.
     labels : (N,) integers, or None.
     tiou, tiou_high : the threshold is ``tiou``; with ``tiou_high`` it grows with the width of the segment put out:
-        ``tiou + (tiou_high - tiou) * width / duration`` (BMN: 0.5 and 0.9 on normalised segments; as the slope that other
-        code asks for, ``tiou_high - tiou``).
+        ``tiou + (tiou_high - tiou) * width / duration`` (BMN: 0.5 and 0.9 on normalised segments; code that asks for a
+        slope means ``tiou_high - tiou``).
     duration : the width that counts as 1 for ``tiou_high``.
     power : of the tIoU in ``gaussian``; 2 everywhere but in TCANet, which has 2.5.
     min_score : what falls below is dropped.
@@ -198,7 +201,7 @@ def soft_nms(
 
 
 def _groups(candidates: Tensor, labels: Tensor | None) -> list[Tensor]:
-    """``candidates`` (N,), by falling score, as (G, n) index tables, one row a label, padded with -1; large labels first."""
+    """``candidates`` (N,), by falling score, as index tables (G, n), one row a label, padded with -1, long rows first."""
     if len(candidates) == 0:
         return []
     if labels is None:
@@ -268,7 +271,7 @@ def _checked(segments: Tensor, scores: Tensor, labels: Tensor | None) -> tuple[T
         shapes += "" if labels is None else f", labels {tuple(labels.shape)}"
         raise ValueError(f"suppression needs segments (N, 2), scores (N,) and labels (N,), got {shapes}")
     if not bool(torch.isfinite(segments).all()) or bool(torch.isnan(scores).any()):
-        raise ValueError("suppression got NaN or infinite values: the detector has diverged, or its features hold NaN")
+        raise ValueError("suppression got NaN or infinite values: the detector diverged, or its features hold NaN")
     dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
     return segments.to(dtype), scores.to(dtype)
 

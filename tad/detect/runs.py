@@ -131,7 +131,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        what = "it holds more than plain types and tensors" if "Unsupported" in str(error) else f"{error}".split("\n")[0]
+        what = "it holds more than plain types" if "Unsupported" in str(error) else str(error).split("\n")[0]
         raise WeightsError(f"{path} cannot be read ({what}); train again with overwrite") from error
     if not isinstance(state, dict):
         raise WeightsError(

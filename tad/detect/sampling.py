@@ -11,8 +11,9 @@ def balanced_sample(
 ) -> tuple[Tensor, Tensor]:
     """At most ``count`` examples a row at random, at most ``positive_share`` of them positive, the rest negative.
 
-    ``positive`` and ``negative`` (B, N) bool say which examples are what (neither: ignored). Missing positives are replaced
-    by negatives, missing negatives by nothing, as in Faster R-CNN. Returns the chosen positives and negatives, (B, N) bool.
+    ``positive`` and ``negative`` (B, N) bool say which examples are what (neither: ignored). Missing positives are
+    replaced by negatives, missing negatives by nothing, as in Faster R-CNN. Returns the chosen positives and negatives,
+    (B, N) bool.
     """
     most = int(count * positive_share)
     chosen_positive = _random_subset(positive, torch.full_like(positive.sum(1), most), generator)

@@ -1,4 +1,4 @@
-"""Arithmetic of segments, tensors of ``(start, end)`` on their last dimension, in any unit; all of it differentiable."""
+"""Arithmetic of segments: ``(start, end)`` on the last dimension of a tensor, in any unit; all of it differentiable."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LENGTH_RATIO = (
-    62.5  # a decoded segment is at most this many times its anchor's length, so that exp() cannot overflow
-)
+MAX_LENGTH_RATIO = 62.5  # no segment is decoded to more times its anchor's length, so that exp() cannot overflow
 
 
 def center_length(segments: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +22,7 @@ def from_center_length(center: Tensor, length: Tensor) -> Tensor:
 
 
 def clip_segments(segments: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """``segments`` (..., 2) with both ends moved into ``[low, high]`` (numbers, or tensors that broadcast against (..., 2))."""
+    """``segments`` (..., 2) with the ends moved into ``[low, high]``: numbers, or tensors that broadcast to (..., 2)."""
     low = torch.as_tensor(low, dtype=segments.dtype, device=segments.device)
     high = torch.as_tensor(high, dtype=segments.dtype, device=segments.device)
     return torch.minimum(torch.maximum(segments, low), high)
@@ -49,15 +47,16 @@ def paired_tiou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def segment_tiou(a: Tensor, b: Tensor) -> Tensor:
-    """tIoU of every segment of ``a`` (..., N, 2) with every one of ``b`` (..., M, 2): (..., N, M). See :func:`paired_tiou`."""
+    """tIoU of every pair, as :func:`paired_tiou`: ``a`` (..., N, 2) and ``b`` (..., M, 2) → (..., N, M)."""
     return paired_tiou(a[..., :, None, :], b[..., None, :, :])
 
 
 def paired_generalised_tiou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised tIoU (Rezatofighi et al., 2019, in one dimension) of ``a`` (..., 2) with ``b`` (..., 2): (...,) in [-1, 1].
+    """Generalised tIoU of ``a`` (..., 2) with ``b`` (..., 2), broadcast against each other: (...,) in [-1, 1].
 
-    In one dimension ``tIoU - (hull - union) / hull`` is the signed intersection over the hull: the tIoU where two segments
-    overlap, minus the gap's share of the hull where they do not. Two equal points (0/0) give 0.
+    ``tIoU - (hull - union) / hull`` (Rezatofighi et al., 2019) is, in one dimension, the signed intersection over the
+    hull: the tIoU where two segments overlap, minus the gap's share of the hull where they do not. Two equal points
+    (0/0) give 0.
     """
     inter = torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])
     hull = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
@@ -65,16 +64,16 @@ def paired_generalised_tiou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def generalised_tiou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised tIoU of every pair: (..., N, 2) and (..., M, 2) → (..., N, M). See :func:`paired_generalised_tiou`."""
+    """Generalised tIoU of every pair: ``a`` (..., N, 2) and ``b`` (..., M, 2) → (..., N, M)."""
     return paired_generalised_tiou(a[..., :, None, :], b[..., None, :, :])
 
 
 def encode_center_length(segments: Tensor, anchors: Tensor, *, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Offsets (..., 2) that move ``anchors`` (..., 2) onto ``segments`` (..., 2): centre shift and log length ratio.
 
-    ``t_c = w_c (c - c_a) / l_a`` and ``t_l = w_l log(l / l_a)``; TAL-Net (Eq. 2) has ``weights=(10, 5)``. Anchors must have a
-    positive length; the length ratio is limited as in :func:`decode_center_length`, so that a segment of zero length has
-    finite offsets.
+    ``t_c = w_c (c - c_a) / l_a`` and ``t_l = w_l log(l / l_a)``; TAL-Net (Eq. 2) has ``weights=(10, 5)``. Anchors must
+    have a positive length; the length ratio is limited as in :func:`decode_center_length`, so that a segment of zero
+    length has finite offsets.
     """
     center, length = center_length(segments)
     anchor_center, anchor_length = center_length(anchors)
@@ -83,7 +82,7 @@ def encode_center_length(segments: Tensor, anchors: Tensor, *, weights: tuple[fl
 
 
 def decode_center_length(offsets: Tensor, anchors: Tensor, *, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Segments (..., 2) from ``offsets`` (..., 2) and ``anchors`` (..., 2): the inverse of :func:`encode_center_length`.
+    """Segments (..., 2) from ``offsets`` (..., 2) and ``anchors`` (..., 2); inverts :func:`encode_center_length`.
 
     The length ratio is limited to [1 / 62.5, 62.5] (:data:`MAX_LENGTH_RATIO`); half precision is decoded in float32.
     """
@@ -96,15 +95,15 @@ def decode_center_length(offsets: Tensor, anchors: Tensor, *, weights: tuple[flo
 
 
 def encode_boundaries(segments: Tensor, anchors: Tensor, *, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Offsets (..., 2) of both boundaries in anchor lengths: ``d_s = w_s (s - s_a) / l_a``, ``d_e = w_e (e - e_a) / l_a``.
+    """Offsets (..., 2) of both boundaries from the anchors', in anchor lengths.
 
-    Anchors must have a positive length.
+    ``d_s = w_s (s - s_a) / l_a`` and ``d_e = w_e (e - e_a) / l_a``. Anchors must have a positive length.
     """
     return (segments - anchors) / (anchors[..., 1:] - anchors[..., :1]) * segments.new_tensor(weights)
 
 
 def decode_boundaries(offsets: Tensor, anchors: Tensor, *, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Segments (..., 2) from boundary ``offsets`` (..., 2): the inverse of :func:`encode_boundaries`."""
+    """Segments (..., 2) from boundary ``offsets`` (..., 2); inverts :func:`encode_boundaries`."""
     offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
     anchors = anchors.to(offsets.dtype)
     return anchors + offsets / offsets.new_tensor(weights) * (anchors[..., 1:] - anchors[..., :1])

@@ -9,9 +9,10 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
-from tad.errors import VideoError
+from tad.errors import TadError, VideoError
 from tad.extract.flow import FlowEstimator, FlowStream
 from tad.extract.inputs import VideoFile
 from tad.extract.video import FrameReader, Geometry, Plan, VideoInfo, crop
@@ -57,6 +58,8 @@ class Failed:
 
 
 Item = Begin | Frames | End | Failed
+# What a bad file, a failing disk or a lack of memory raises; anything else is a mistake in tad and stops the run.
+UNREADABLE = (TadError, OSError, RuntimeError, MemoryError, cv2.error)
 
 
 def read_videos(
@@ -66,15 +69,17 @@ def read_videos(
     geometry: Geometry,
     rgb: bool,
     flows: Sequence[FlowEstimator],
+    flow_threads: int = 1,
     chunk_frames: int = 32,
 ) -> Generator[Item, None, None]:
     """Decode ``files`` in a thread of its own, at most a few chunks ahead; flow is estimated there as well, once a
     pair.
 
-    A video that fails becomes a :class:`Failed` item, whatever the reason; the next one follows.
+    A video that cannot be read becomes a :class:`Failed` item; the next one follows.
     """
     items: queue.Queue[Item | None] = queue.Queue(maxsize=4)
     stop = threading.Event()
+    mistakes: list[BaseException] = []
 
     def put(item: Item | None) -> None:
         while not stop.is_set():
@@ -88,23 +93,24 @@ def read_videos(
         try:
             for file in files:
                 try:
-                    for item in _read(
-                        file, fps=fps, geometry=geometry, rgb=rgb, flows=flows, chunk_frames=chunk_frames
-                    ):
+                    for item in _read(file, fps, geometry, rgb, flows, flow_threads, chunk_frames):
                         put(item)
-                except _Stopped:
-                    raise
-                except Exception as error:  # noqa: BLE001 - one bad video never stops a run; the consumer reports it
+                except UNREADABLE as error:
                     put(Failed(file, error))
             put(None)
         except _Stopped:
             pass
+        except BaseException as error:  # noqa: BLE001 - a mistake of ours; it is raised where the items are read
+            mistakes.append(error)
+            items.put(None)
 
     thread = threading.Thread(target=produce, name="tad-decode", daemon=True)
     thread.start()
     try:
         while (item := items.get()) is not None:
             yield item
+        if mistakes:
+            raise mistakes[0]
     finally:
         stop.set()
         thread.join(timeout=30)
@@ -116,14 +122,14 @@ class _Stopped(Exception):
 
 def _read(
     file: VideoFile,
-    *,
     fps: float | None,
     geometry: Geometry,
     rgb: bool,
     flows: Sequence[FlowEstimator],
+    flow_threads: int,
     chunk_frames: int,
 ) -> Iterator[Item]:
-    streams = {flow.name: FlowStream(flow) for flow in flows}
+    streams = {flow.name: FlowStream(flow, threads=flow_threads) for flow in flows}
     with FrameReader(file.path, fps=fps, geometry=geometry, chunk_frames=chunk_frames) as reader:
         yield Begin(file, reader.info, reader.fps)
         for frames in reader:  # (n, H, W, 3)
@@ -140,6 +146,8 @@ def _read(
             "rotation_degrees": reader.info.rotation_degrees,
             "frames_decoded": reader.decoded,
             "timestamps": reader.timestamps,
+            "timestamps_repaired": reader.repaired,
+            "notes": list(reader.notes),
             "truncated": reader.truncated,
         }
         flow_s = sum(stream.flow_s for stream in streams.values())

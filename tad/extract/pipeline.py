@@ -196,6 +196,7 @@ def _extract_group(
 ) -> None:
     """Videos that lack the same streams, all reading the same frames: one pass over each video's frames."""
     streams = group[0][1]
+    device = next(streams[0].backbone.parameters()).device.type
     flows = {s.flow.name: s.flow for s in streams if s.flow is not None}
     items = read_videos(
         [file for file, _, _ in group],
@@ -203,6 +204,8 @@ def _extract_group(
         geometry=streams[0].geometry,
         rgb=any(s.flow is None for s in streams),
         flows=list(flows.values()),
+        # on the CPU the network has the cores; beside a GPU they are idle
+        flow_threads=1 if device == "cpu" else max(1, (os.cpu_count() or 2) // 2),
     )
     begin: Begin | None = None
     running: list[VideoRun] = []

@@ -25,7 +25,7 @@ SINGLE = "features"  # the level of a stream that has one temporal resolution on
 STREAM_KEYS = frozenset({"encoding-type", "encoding-version", "spec", "fingerprint"})
 ENTRY_KEYS = frozenset(
     {"encoding-type", "encoding-version", "video", "stream_fingerprint", "levels", "duration_s", "source", "sha256"}
-    | {"written_at", "tad_version", "attrs_sha256"}
+    | {"written_at", "tad_version", "attrs_sha256", "metadata_sha256"}
 )
 SOURCE_IDENTITY = ("name", "size", "mtime_ns")
 
@@ -92,10 +92,7 @@ def entry_attrs(
     extra: Mapping[str, Any] | None,
     where: str,
 ) -> dict[str, Any]:
-    """The attributes of one entry; the arrays of ``levels`` must have passed :func:`checked_array`.
-
-    ``attrs_sha256`` covers all the others, so that a damaged number is found as a damaged row is.
-    """
+    """The attributes of one entry; the arrays of ``levels`` must have passed :func:`checked_array`."""
     attrs: dict[str, Any] = {
         "encoding-type": ENTRY,
         "encoding-version": ENCODING_VERSION,
@@ -111,7 +108,12 @@ def entry_attrs(
     if attrs["duration_s"] <= 0:
         raise StoreError(f"{where}: duration_s must be positive, got {duration_s}")
     attrs |= _extra(extra, ENTRY_KEYS, where=f"{where}: attrs")
-    return attrs | {"attrs_sha256": attrs_sha256(attrs)}
+    return attrs
+
+
+def sealed(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """``attrs`` with their own SHA-256, so that a damaged number is found as a damaged row is."""
+    return {**attrs, "attrs_sha256": attrs_sha256(attrs)}
 
 
 def _extra(values: Mapping[str, Any] | None, taken: frozenset[str], *, where: str) -> dict[str, Any]:
@@ -171,7 +173,11 @@ def parse_attrs(data: bytes, kind: str, *, where: str) -> dict[str, Any]:
     return check_encoding(attrs, kind, where=where)
 
 
-_REQUIRED = ENTRY_KEYS - {"video", "attrs_sha256"}  # what the published layout promises; the rest is ours
+_REQUIRED = ENTRY_KEYS - {
+    "video",
+    "attrs_sha256",
+    "metadata_sha256",
+}  # what the published layout promises; the rest is ours
 
 
 def checked_entry(attrs: dict[str, Any], *, where: str) -> dict[str, Any]:

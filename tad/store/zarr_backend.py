@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from tad.store.layout import (
     chunk_rows,
     describe,
     dimension_names,
+    sealed,
 )
 from tad.store.names import decode_name
 from tad.store.remote import RemoteFiles
@@ -109,22 +111,27 @@ class ZarrBackend:
     def put_entry(self, stream: str, video: str, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> None:
         objects = [_array_objects(level, array) for level, array in arrays.items()]
         items = {key: data for part in objects for key, data in part.items()}
+        attrs = sealed({**attrs, "metadata_sha256": {level: _sha256(items[f"{level}/{_NODE}"]) for level in arrays}})
         metadata_last = sorted(items, key=lambda key: key.endswith(_NODE))
         self.files.commit(f"{stream}/{video}", {key: items[key] for key in metadata_last} | {_NODE: _group(attrs)})
+
+    def check_file(self, stream: str, video: str) -> None:
+        """Every object has its own checksum; there is nothing to check as a whole."""
 
     def delete_entry(self, stream: str, video: str) -> None:
         self.files.remove(f"{stream}/{video}", _NODE)
 
-    def open_rows(self, stream: str, video: str, level: str, shape: tuple[int, ...], dtype: str) -> ZarrRows:
-        """The stored array, which must have this shape and dtype. Raises one of ``DAMAGE``."""
+    def open_rows(self, stream: str, video: str, level: Mapping[str, Any], attrs: Mapping[str, Any]) -> ZarrRows:
+        """The stored array of ``level`` in the entry with ``attrs``. Raises one of ``DAMAGE`` if it is another one."""
         import zarr
 
-        key = f"{stream}/{video}/{level}"
+        key, shape = f"{stream}/{video}/{level['path']}", tuple(level["shape"])
+        recorded = attrs.get("metadata_sha256", {}).get(level["path"])
+        if recorded is not None and _sha256(self.files.read(f"{key}/{_NODE}") or b"") != recorded:
+            raise Damaged(f"{self.files.where(key)}/{_NODE} is missing or not what was written")
         array = zarr.open_array(self._zarr_store(), path=key, mode="r")
-        if tuple(array.shape) != shape or array.dtype.name != dtype:
-            raise Damaged(f"{self.files.where(key)} is {array.dtype} {array.shape}, its entry says {dtype} {shape}")
-        if tuple(array.metadata.dimension_names or ()) != dimension_names(level, len(shape)):
-            raise Damaged(f"{self.files.where(key)} has the dimension names {array.metadata.dimension_names}")
+        if tuple(array.shape) != shape or array.dtype.name != level["dtype"]:
+            raise Damaged(f"{self.files.where(key)} is {array.dtype} {array.shape}, its entry says {level}")
         return ZarrRows(self.files, array, f"{key}/{_chunk_key(len(shape))}", look_each_time=self.stamps_are_cheap)
 
     def stored_levels(self, stream: str, video: str) -> set[str]:
@@ -186,6 +193,10 @@ def _is_litter(name: str, items: list[Found]) -> bool:
         for rest in files
     )
     return ours and all(item.is_folder for item in items if item.key.count("/") == 1)
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _group(attrs: Mapping[str, Any]) -> bytes:

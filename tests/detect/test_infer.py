@@ -1,5 +1,6 @@
 """A run on stored features: one table whatever the batch, suppression without the network, no silent mismatch."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tad.annotations import read_predictions, read_truth, write_predictions
 from tad.detect import Failure, Run, detect, resuppress, train_detector
 from tad.detect.infer import COLUMNS, load_raw, save_raw
 from tad.detect.interface import Segments
+from tad.detect.runs import FILES
 from tad.errors import AnnotationError, RecipeError, StoreError
 from tad.recipe import PostprocessRecipe
 from tad.store import Level, open_store
@@ -264,3 +266,20 @@ def test_row_spacing_belongs_to_the_run(copied: tuple[Path, Path, Path], monkeyp
     monkeypatch.setattr(Toy, "decode", spy)
     detect(run=run, store=store, videos=["video_000"])
     assert axes == [AXIS.pooled(2)]
+
+
+def test_the_code_of_the_detection_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, annotations = make_world(tmp_path, training=5, testing=2, streams=("i3d-rgb", "i3d-flow"))
+    store.rename(tmp_path / "features.zarr")
+    assert annotations == tmp_path / "annotations.json"
+    text = (Path(__file__).parents[2] / "docs" / "detect.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(blocks[0], namespace)
+    assert not namespace["found"].empty
+    assert not namespace["detector"].training
+    table = re.findall(r"^\| ((?:`[\w.*/]+`(?:, )?)+) \|", text, re.MULTILINE)
+    named = {name for cell in table for name in re.findall(r"`([\w.*/]+)`", cell)}
+    assert {*FILES, "raw/*.npz"} <= named  # the page names every file of a run folder

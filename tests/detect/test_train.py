@@ -84,10 +84,8 @@ def stopping(after: int, error: type[BaseException] = Stop) -> Any:
 
 
 # ---- stop and go on --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "after", [1, 3, 5, 8]
-)  # in the 1st epoch, at its end, in the 2nd, in the 3rd; 3 steps an epoch
-@pytest.mark.parametrize("cached", [True, False])
+# 3 steps an epoch: stopped in the first, at its end, in the second, in the third
+@pytest.mark.parametrize(("after", "cached"), [(1, True), (3, False), (5, False), (8, True)])
 def test_a_resumed_training_ends_with_the_very_same_weights(
     world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, cached: bool
 ) -> None:
@@ -122,7 +120,7 @@ def test_without_the_saved_state_the_weights_would_differ(world: tuple[Path, Pat
 
 
 def test_a_training_killed_in_an_epoch_goes_on(world: tuple[Path, Path], tmp_path: Path) -> None:
-    """Real processes: one is killed with SIGKILL while it trains the third epoch, another one resumes."""
+    """A real process, killed with SIGKILL while it trains the third epoch; another one, this, resumes."""
     marker = tmp_path / "in the third epoch"
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.detect.toydetector", *map(str, world), str(run)]
@@ -137,11 +135,7 @@ def test_a_training_killed_in_an_epoch_goes_on(world: tuple[Path, Path], tmp_pat
     assert not (run / "metrics.json").exists()
     assert [row["epoch"] for row in rows_of(run)] == ["1", "2"]
     assert Run.load(run).build("last") is not None  # what is there is usable
-    environment.pop("TOY_STOP")
-    done = subprocess.run(
-        [*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    train(world, run, resume=True)
     train(world, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", run)
 
@@ -291,6 +285,7 @@ def test_the_seed_decides(world: tuple[Path, Path], tmp_path: Path) -> None:
         assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tad.detect.preflight.CACHE_BYTES", 0)
     train(world, tmp_path / "none", toy_recipe(train={"epochs": 2}))

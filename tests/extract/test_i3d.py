@@ -246,7 +246,8 @@ def test_a_batch_is_its_clips_one_by_one(filled: I3D) -> None:
     clips = filled_clip((4, 3, 16, 64, 80), seed=3)
     together = filled(clips)["features"]
     for row in range(4):
-        assert error(together[row], filled(clips[row : row + 1])["features"][0].numpy()) < 1e-5
+        alone = filled(clips[row : row + 1])["features"][0]  # other kernels serve a single clip: float32 rounding
+        assert error(together[row], alone.numpy()) < 3e-5
     exact, clips = copy.deepcopy(filled).double(), filled_clip((3, 3, 5, 33, 32), seed=3).double()
     together = exact(clips, levels=True)
     for row in range(3):
