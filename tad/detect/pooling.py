@@ -32,7 +32,7 @@ class RangeMaxima:
         self.runs = 2 ** torch.arange(len(levels), device=rows.device)
 
     def __call__(self, sample: Tensor, first: Tensor, stop: Tensor) -> Tensor:
-        """Maxima (N, C) over rows ``first`` to ``stop - 1`` (N,) of ``sample`` (N,); every range holds at least one row."""
+        """Maxima (N, C) over rows ``first`` to ``stop - 1`` (N,) of ``sample`` (N,); no range may be empty."""
         level = torch.bucketize(stop - first, self.runs, right=True) - 1
         base = sample * self.height + self.offsets[level]
         left = self.table.index_select(0, base + first)
@@ -119,21 +119,36 @@ def soi_align(
     return result.view(len(segments), bins, samples, channels).mean(2).transpose(1, 2)
 
 
+def soi_mean_pool(features: Tensor, rows: Tensor, segments: Tensor, sample: Tensor, *, bins: int = 7) -> Tensor:
+    """The mean over each of ``bins`` equal parts of every segment, rows weighed by how much is covered: (N, C, bins).
+
+    The arguments are those of :func:`soi_max_pool`. A bin is a difference of two running sums, interpolated between
+    rows (precise RoI pooling of Jiang et al., 2018, in one dimension), hence differentiable in ``segments`` too.
+    """
+    lower, upper = _bin_edges(segments, bins)
+    inside = torch.arange(features.shape[2], device=features.device) < rows[:, None]  # (B, T)
+    kept = features.masked_fill(~inside[:, None], 0.0).transpose(1, 2)  # (B, T, C)
+    sums = nn.functional.pad(kept.double().cumsum(1), (0, 0, 1, 0))  # (B, T + 1, C), double since differences cancel
+    flat, total = sums.flatten(0, 1), features.shape[2]
+    base = (sample * (total + 1))[:, None]
+
+    def running(at: Tensor) -> Tensor:  # (N, bins) -> (N, bins, C), the integral of the rows up to `at`
+        at = at.double().clamp(0, total)
+        low = at.detach().floor().clamp(max=max(total - 1, 0)).long()
+        index = (base + low).flatten()
+        first, second = flat.index_select(0, index), flat.index_select(0, index + 1)
+        return torch.lerp(first, second, (at - low).flatten()[:, None]).unflatten(0, at.shape)
+
+    width = (upper - lower).double().clamp(min=EDGE)
+    middle = 0.5 * (lower + upper).double()
+    mean = (running(middle + 0.5 * width) - running(middle - 0.5 * width)) / width[..., None]
+    return mean.to(features.dtype).transpose(1, 2)
+
+
 def _bin_edges(segments: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     steps = torch.arange(bins + 1, device=segments.device)
     edges = segments[:, :1] + (segments[:, 1:] - segments[:, :1]) * steps / bins  # (N, bins + 1)
     return edges[:, :-1], edges[:, 1:]
-
-
-class SoIPool(nn.Module):
-    """:func:`soi_max_pool` as a layer."""
-
-    def __init__(self, *, bins: int = 7) -> None:
-        super().__init__()
-        self.bins = bins
-
-    def forward(self, features: Tensor, rows: Tensor, segments: Tensor, sample: Tensor) -> Tensor:
-        return soi_max_pool(features, rows, segments, sample, bins=self.bins)
 
 
 class SoIAlign(nn.Module):

@@ -97,15 +97,15 @@ def _greedy_window(ends: Tensor, labels: Tensor | None, alive: Tensor, tiou: flo
 
 
 def _removed(ends: Tensor, keep: Tensor, others: Tensor, tiou: float) -> Tensor:
-    """(M,) bool: some segment of ``keep`` overlaps this one of ``others`` (M,) too much; positions in ``ends`` (2, N)."""
+    """(M,) bool: one of ``keep`` overlaps this one of ``others`` (M,) too much; both index ``ends`` (2, N)."""
     return (segment_tiou(ends[:, keep].t(), ends[:, others].t()) >= tiou).any(0)
 
 
 def _settled(removes: Tensor) -> Tensor:
     """(n,) bool: who stays. Row i of ``removes`` (n, n) says whom i removes if it stays itself: only later ones.
 
-    Iterates ``stays = nobody who stays removes me`` from all-stay. After k rounds the first k are final, so the fixed point
-    is the greedy result; it is mostly reached after a handful of rounds.
+    Iterates ``stays = nobody who stays removes me`` from all-stay. After k rounds the first k are final, so the fixed
+    point is the greedy result; it is mostly reached after a handful of rounds.
     """
     stays = torch.ones(len(removes), dtype=torch.bool, device=removes.device)
     while True:
@@ -129,10 +129,10 @@ def soft_nms(
     min_score: float = 0.0,
     max_segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-NMS (Bodla et al., 2017): the best remaining segment is put out, then the scores of its rivals fall; repeat.
+    """Soft-NMS (Bodla et al., 2017): put out the best segment that is left, lower the scores of its rivals, repeat.
 
-    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is multiplied
-    by ``exp(-tIoU ** power / sigma)`` (``gaussian``), by ``1 - tIoU`` (``linear``), or it is removed (``hard``).
+    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is
+    multiplied by ``exp(-tIoU ** power / sigma)`` (``gaussian``) or ``1 - tIoU`` (``linear``); ``hard`` removes it.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def soft_nms(
 
 
 def _groups(candidates: Tensor, labels: Tensor | None) -> list[Tensor]:
-    """``candidates`` (N,), by falling score, as index tables (G, n), one row a label, padded with -1, long rows first."""
+    """``candidates`` (N,), by falling score, as index tables (G, n): a row for each label, padded with -1."""
     if len(candidates) == 0:
         return []
     if labels is None:
@@ -277,10 +277,10 @@ def _checked(segments: Tensor, scores: Tensor, labels: Tensor | None) -> tuple[T
 
 
 def suppress(segments: Segments, recipe: PostprocessRecipe) -> Segments:
-    """``segments`` of one video after ``recipe``: lowest scores out, best ``pre_topk``, suppression, best ``max_segments``.
+    """One video's ``segments`` after ``recipe``: lowest scores out, best ``pre_topk``, suppression, ``max_segments``.
 
-    ``soft_nms`` is the Gaussian one with ``recipe.sigma`` on every overlap (``recipe.tiou`` belongs to ``nms``); per label
-    unless ``recipe.class_agnostic``. The result is sorted by falling score and keeps ``extra``.
+    ``soft_nms`` is the Gaussian one with ``recipe.sigma`` on every overlap; ``recipe.tiou`` belongs to ``nms``. Both
+    work per label unless ``recipe.class_agnostic``. The result is sorted by falling score and keeps ``extra``.
     """
     keep = torch.nonzero(segments.scores >= recipe.min_score).squeeze(1)
     keep = keep[torch.argsort(segments.scores[keep], descending=True, stable=True)][: recipe.pre_topk]

@@ -22,7 +22,7 @@ def from_center_length(center: Tensor, length: Tensor) -> Tensor:
 
 
 def clip_segments(segments: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """``segments`` (..., 2) with the ends moved into ``[low, high]``: numbers, or tensors that broadcast to (..., 2)."""
+    """``segments`` (..., 2) moved into ``[low, high]``, which are numbers or tensors that broadcast to (..., 2)."""
     low = torch.as_tensor(low, dtype=segments.dtype, device=segments.device)
     high = torch.as_tensor(high, dtype=segments.dtype, device=segments.device)
     return torch.minimum(torch.maximum(segments, low), high)

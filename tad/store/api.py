@@ -16,7 +16,7 @@ from tad.store import layout
 from tad.store.backend import Backend, Format, choose_format, make_backend, place_of
 from tad.store.feature import Feature, level_of
 from tad.store.files import Mode
-from tad.store.fingerprint import spec_differences
+from tad.store.fingerprint import plain, spec_differences
 from tad.store.layout import DAMAGE, Level, describe
 from tad.store.names import decode_name, encode_name
 
@@ -156,8 +156,11 @@ class Store:
         return str(self._stream(stream)["fingerprint"])
 
     def check_stream(self, stream: str, spec: Mapping[str, Any]) -> None:
-        """Raise :class:`StoreError` naming every differing field when ``stream`` is bound to another recipe than ``spec``."""
-        if stream in self.streams() and (differing := spec_differences(self._stream(stream)["spec"], dict(spec))):
+        """Raise :class:`StoreError`, naming every differing field, when ``stream`` is bound to another recipe."""
+        if self._backend.stream_attrs(encode_name(stream, "stream")) is None:
+            return
+        wanted = plain(spec, where=f"{self.path}: stream {stream!r}: spec")
+        if differing := spec_differences(self._stream(stream)["spec"], wanted):
             raise StoreError(
                 f"{self.path}: stream {stream!r} was made with another recipe ({'; '.join(differing)}). "
                 "Use the stored recipe, or give the new one another stream name"
@@ -368,7 +371,8 @@ class Store:
             )
         if feature.level not in entry.rows:
             names = encode_name(feature.stream, "stream"), encode_name(feature.video, "video id")
-            entry.rows[feature.level] = backend.open_rows(*names, feature.level, feature.shape, feature.dtype.name)
+            listed = level_of(entry.attrs, feature.level, where=backend.where(*names))
+            entry.rows[feature.level] = backend.open_rows(*names, listed, entry.attrs)
         return entry.rows[feature.level]
 
     def _read_rows(self, feature: Feature, start: int, stop: int) -> np.ndarray:

@@ -4,7 +4,8 @@
 
     <store>/__store__.json                encoding-type, encoding-version, created_by
     <store>/<stream>/__stream__.json      spec, fingerprint
-    <store>/<stream>/<video>.h5           root attributes = the entry's; one dataset per level, chunked, Fletcher-32
+    <store>/<stream>/<video>.h5           root attributes = the entry's; one dataset per level, chunked, Fletcher-32;
+                                          in front a user block of 512 bytes with the SHA-256 of the rest
     <store>/store.h5                      derived: a group per stream, an external link per entry; rewritten whole
 
 Attributes that are not text, a number or a truth value are JSON text; the attribute ``json-attrs`` lists their names.
@@ -12,6 +13,7 @@ Attributes that are not text, a number or a truth value are JSON text; the attri
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -36,10 +38,15 @@ from tad.store.layout import (
     describe,
     dimension_names,
     parse_attrs,
+    sealed,
 )
 
 _ROOT, _STREAM, _MASTER, _SUFFIX = "__store__.json", "__stream__.json", "store.h5", ".h5"
 _JSON_ATTRS = "json-attrs"
+_BLOCK = 512  # HDF5's user block, in front of the file proper: the SHA-256 of everything behind it
+_SMALL = (
+    1 << 17
+)  # bytes; smaller files are mostly HDF5's own structures, and damage there can abort or hang the library
 _ATTRIBUTE_BYTES = 64_000  # what HDF5 takes in an object header, less some room
 
 
@@ -114,14 +121,15 @@ class Hdf5Backend:
         target = self.where(stream, video)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
-            with h5py.File(temporary, "w", locking=False) as file:
-                _write_attrs(file.attrs, attrs, where=target)
+            with h5py.File(temporary, "w", locking=False, userblock_size=_BLOCK) as file:
+                _write_attrs(file.attrs, sealed(attrs), where=target)
                 for level, array in arrays.items():
                     rows = chunk_rows(array.shape, array.dtype.itemsize)
                     chunks = (rows, *array.shape[1:])
                     dataset = file.create_dataset(level, data=array, chunks=chunks, fletcher32=True)
                     for dimension, name in zip(dataset.dims, dimension_names(level, array.ndim), strict=True):
                         dimension.label = name
+            _seal(temporary)
             sync_path(temporary)
             os.replace(temporary, target)
         finally:
@@ -129,18 +137,19 @@ class Hdf5Backend:
         if self.files.fsync:
             sync_path(os.path.dirname(target))
 
+    def check_file(self, stream: str, video: str) -> None:
+        """Raise ``Damaged`` unless every byte of the entry's file is as it was written."""
+        check_seal(self.where(stream, video))
+
     def delete_entry(self, stream: str, video: str) -> None:
         self.files.delete(f"{stream}/{video}{_SUFFIX}")
 
-    def open_rows(self, stream: str, video: str, level: str, shape: tuple[int, ...], dtype: str) -> Hdf5Rows:
-        """The stored dataset, which must have this shape and dtype. Raises one of ``DAMAGE``."""
-        dataset = self._file(stream, video)[level]
-        where = f"{self.where(stream, video)}/{level}"
-        if tuple(dataset.shape) != shape or dataset.dtype.name != dtype:
-            raise Damaged(f"{where} is {dataset.dtype} {dataset.shape}, its entry says {dtype} {shape}")
-        labels = tuple(dimension.label for dimension in dataset.dims)
-        if labels != dimension_names(level, len(shape)):
-            raise Damaged(f"{where} has the dimension names {labels}")
+    def open_rows(self, stream: str, video: str, level: Mapping[str, Any], attrs: Mapping[str, Any]) -> Hdf5Rows:
+        """The stored dataset of ``level``. Raises one of ``DAMAGE`` if it is another one."""
+        dataset = self._file(stream, video)[level["path"]]
+        if list(dataset.shape) != level["shape"] or dataset.dtype.name != level["dtype"]:
+            where = f"{self.where(stream, video)}/{level['path']}"
+            raise Damaged(f"{where} is {dataset.dtype} {dataset.shape}, its entry says {level}")
         return Hdf5Rows(dataset)
 
     def stored_levels(self, stream: str, video: str) -> set[str]:
@@ -155,9 +164,10 @@ class Hdf5Backend:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-        file = h5py.File(
-            self.where(stream, video), "r", locking=False
-        )  # immutable, and flock fails on some network disks
+        path = self.where(stream, video)
+        if os.path.getsize(path) <= _SMALL:
+            check_seal(path)
+        file = h5py.File(path, "r", locking=False)  # it never changes, and flock fails on some network disks
         with self._lock:
             self._open[key] = file
             while len(self._open) > self.cached_entries:
@@ -215,6 +225,29 @@ class Hdf5Backend:
 
     def remove_litter(self, key: str) -> None:
         self.files.delete(key)
+
+
+def _seal(path: str) -> None:
+    """Write the digest of a finished file into its user block."""
+    with open(path, "r+b") as file:
+        file.seek(_BLOCK)
+        head = {"encoding-type": ENTRY, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        file.seek(0)
+        file.write(json.dumps(head).encode().ljust(_BLOCK, b"\0"))
+
+
+def check_seal(path: str) -> None:
+    """Compare a file with the digest in its user block; files of other makers, without a user block, pass."""
+    with open(path, "rb") as file:
+        head = file.read(_BLOCK)
+        if head.startswith(b"\x89HDF"):
+            return
+        try:
+            recorded = json.loads(head.rstrip(b"\0"))["sha256"]
+        except DAMAGE as error:
+            raise Damaged(f"{path} is no HDF5 file, or its beginning is damaged") from error
+        if hashlib.file_digest(file, "sha256").hexdigest() != recorded:
+            raise Damaged(f"{path} is not what was written (SHA-256 differs)")
 
 
 def _json(attrs: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,17 +57,19 @@ def verify(store: Store, *, deep: bool = False) -> VerifyReport:
         report.problems.append(
             Problem(decode_name(name) or name, None, None, "its own metadata is missing, its entries cannot be reached")
         )
+    committed: dict[str, list[str]] = {}
     for stream in store.streams():
         try:
             fingerprint = _stream_fingerprint(store, stream)
         except StoreError as error:
             report.problems.append(Problem(stream, None, None, str(error)))
             continue
-        for video in store.videos(stream):
+        committed[stream] = store.videos(stream)
+        for video in committed[stream]:
             report.checked += 1
             found = _entry_problems(store, stream, video, fingerprint, deep=deep)
             report.problems += [Problem(stream, video, level, what) for level, what in found]
-    report.problems += _uncommitted(store)
+    report.problems += _listed_but_gone(store, committed)
     return report
 
 
@@ -84,9 +86,12 @@ def _entry_problems(
     store: Store, stream: str, video: str, fingerprint: str, *, deep: bool
 ) -> Iterator[tuple[str | None, str]]:
     store._forget(stream, video)
+    names = encode_name(stream, "stream"), encode_name(video, "video id")
     try:
+        if deep:
+            store._backend.check_file(*names)  # before any library parses what may be damaged
         attrs = store.attrs(stream, video)
-        stored = store._backend.stored_levels(encode_name(stream, "stream"), encode_name(video, "video id"))
+        stored = store._backend.stored_levels(*names)
         levels = {level["path"]: level for level in attrs["levels"]}
     except (StoreError, *DAMAGE) as error:
         yield None, f"metadata cannot be read: {error if isinstance(error, StoreError) else describe(error)}"
@@ -116,13 +121,14 @@ def _blocks(rows: Any, feature: Feature) -> Iterator[np.ndarray]:
         yield rows.read(start, min(start + step, len(feature)))
 
 
-def _uncommitted(store: Store) -> Iterator[Problem]:
+def _listed_but_gone(store: Store, committed: Mapping[str, list[str]]) -> Iterator[Problem]:
     try:
         listed = read_rows(store)
     except Damaged as error:
         yield Problem("", None, None, str(error))
         return
-    committed = {stream: set(store.videos(stream)) for stream in store.streams()}
-    for stream, video in sorted({(row["stream"], row["video"]) for row in listed or ()}):
-        if video not in committed.get(stream, ()):
+    there = {(stream, video) for stream, videos in committed.items() for video in videos}
+    damaged = set(store.streams()) - committed.keys()
+    for stream, video in sorted({(row["stream"], row["video"]) for row in listed or ()} - there):
+        if stream not in damaged:
             yield Problem(stream, video, None, "is listed in catalog.csv, but not there")

@@ -7,7 +7,7 @@ which switch gives which row of its tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,13 +20,14 @@ from tad.detect.anchors import anchor_scales_for, best_truth, checked_scales, ma
 from tad.detect.detectors.checks import check_choice, check_numbers
 from tad.detect.detectors.talnet_layers import ReceptiveField, SegmentClassifier, SegmentProposalNetwork
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
-from tad.detect.pooling import SoIAlign, SoIPool
+from tad.detect.pooling import soi_align, soi_max_pool, soi_mean_pool
 from tad.detect.postprocess import nms
 from tad.detect.sampling import balanced_sample
 from tad.detect.segments import clip_segments, decode_center_length, encode_center_length, segment_tiou
 from tad.errors import RecipeError, WeightsError
 
 Fusion = Literal["late", "early", "rgb", "flow"]
+SOI: dict[str, Callable[..., Tensor]] = {"max": soi_max_pool, "mean": soi_mean_pool, "align": soi_align}
 WEIGHTS = (10.0, 5.0)  # of the centre and length offsets, Eq. 2
 
 
@@ -57,7 +58,8 @@ class TALNet(Detector):
     classification_context : pool each proposal with half its length on both sides (§4.2, Fig. 5).
     anchor_scales : in rows. :meth:`resolve` replaces ``auto`` by scales that fit the training actions.
     width : filters of every convolution and fully-connected layer.
-    soi, soi_bins : ``max`` (the paper's) or ``align`` (linear interpolation at the bins' centres), and how many bins.
+    soi, soi_bins : how a proposal's rows become bins, and how many: ``max`` (the paper's), ``mean``, or ``align``
+        (linear interpolation at the bins' centres).
     proposals, training_proposals, proposal_nms_tiou : so many are kept a video after NMS, at detection and in training.
     anchor_positive_tiou, anchor_negative_tiou : an anchor is positive above the one, negative below the other.
     proposal_positive_tiou : a proposal has the class of its best truth above this, else it is background.
@@ -87,7 +89,7 @@ class TALNet(Detector):
         classification_context: bool = True,
         anchor_scales: Iterable[float] = (1, 2, 3, 4, 5, 6, 8, 11, 16),
         width: int = 256,
-        soi: Literal["max", "align"] = "max",
+        soi: Literal["max", "mean", "align"] = "max",
         soi_bins: int = 7,
         proposals: int = 300,
         training_proposals: int = 300,
@@ -107,7 +109,7 @@ class TALNet(Detector):
     ) -> None:
         super().__init__()
         check_choice("receptive_field", receptive_field, get_args(ReceptiveField))
-        check_choice("soi", soi, ("max", "align"))
+        check_choice("soi", soi, tuple(SOI))
         check_numbers(
             1,
             math.inf,
@@ -159,7 +161,7 @@ class TALNet(Detector):
                 width=width,
                 classes=classes,
                 regressions=classes if class_specific_regression else 1,
-                soi=(SoIPool if soi == "max" else SoIAlign)(bins=soi_bins),
+                soi=SOI[soi],
                 bins=soi_bins,
                 margin=0.5 if classification_context else 0.0,
                 dropout=dropout,
@@ -315,9 +317,9 @@ class TALNet(Detector):
             if not bool(finite):
                 raise WeightsError(
                     f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or lower the learning rate)"
+                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
                 )
-            inside = clip_segments(segments[own], *outputs.extent[i]).flatten(0, 1)
+            inside = clip_segments(segments[own], *outputs.extent[i]).flatten(0, 1).double()
             seconds = clip_segments(axis.to_seconds(inside), 0.0, duration_s)  # (P·K, 2)
             labels = torch.arange(self.classes, device=seconds.device).repeat(int(own.sum()))
             lasting = torch.nonzero(seconds[:, 1] > seconds[:, 0]).squeeze(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -79,7 +79,8 @@ class SegmentProposalNetwork(nn.Module):
 class SegmentClassifier(nn.Module):
     """Class scores and offsets of proposals (§4.2, Fig. 5): SoI pooling, 1x1 convolution, two fully-connected layers.
 
-    ``margin``: share of its own length by which a proposal is extended on both sides before pooling.
+    ``soi`` is one of the functions of :mod:`tad.detect.pooling`, ``bins`` how many it makes. ``margin``: share of its
+    own length by which a proposal is extended on both sides before pooling.
     """
 
     def __init__(
@@ -89,23 +90,23 @@ class SegmentClassifier(nn.Module):
         width: int,
         classes: int,
         regressions: int,
-        soi: nn.Module,
+        soi: Callable[..., Tensor],
         bins: int,
         margin: float,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.margin, self.regressions = margin, regressions
-        self.soi = soi
-        self.reduce = nn.Conv1d(channels, width, 1)
-        self.hidden = nn.Linear(width * bins, width)
+        self.soi, self.bins, self.margin, self.regressions = soi, bins, margin, regressions
+        self.reduce = nn.Linear(channels, width)  # a convolution with kernel 1
+        self.hidden = nn.Linear(bins * width, width)
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Linear(width, classes + 1)
         self.offsets = nn.Linear(width, 2 * regressions)
 
     def forward(self, features: Tensor, rows: Tensor, segments: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """``features`` (B, C, T), ``rows`` (B,), ``segments`` (P, 2) of ``sample`` (P,) → (P, K + 1) and (P, R, 2)."""
-        pooled = self.soi(features, rows, expand_segments(segments, self.margin), sample)  # (P, C, bins)
-        x = F.relu(self.reduce(pooled)).flatten(1)  # (P, W * bins)
+        wide = expand_segments(segments, self.margin)
+        pooled = self.soi(features, rows, wide, sample, bins=self.bins)  # (P, C, bins)
+        x = F.relu(self.reduce(pooled.transpose(1, 2))).flatten(1)  # (P, bins * W)
         x = self.dropout(F.relu(self.hidden(x)))  # (P, W)
         return self.logits(x), self.offsets(x).unflatten(1, (self.regressions, 2))
