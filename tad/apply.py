@@ -22,9 +22,12 @@ from tad.recipe import ExtractRecipe, PostprocessRecipe
 
 @dataclass
 class VideoDetections:
-    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score, and the videos that failed."""
+    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score; the videos that were searched, with
+    or without a find; those that failed.
+    """
 
     predictions: pd.DataFrame
+    videos: list[str]
     failures: list[Failure]
 
 
@@ -66,7 +69,7 @@ def detect_videos(
         failed = {failure.video for failure in report.failures}
         complete = [video for video in dict.fromkeys(report.videos) if video not in failed]
         predictions = detect(run=loaded, store=store, videos=complete, device=device, postprocess=postprocess)
-    return VideoDetections(predictions, report.failures)
+    return VideoDetections(predictions, complete, report.failures)
 
 
 def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, ExtractRecipe]:

@@ -34,15 +34,16 @@ class ExtractRecipe(Model):
 
     backbone: str
     weights: str | None = None
-    window: int | None = Field(None, ge=1)
-    interval: int | None = Field(None, ge=1)
-    stride: int | None = Field(None, ge=1)
-    fps: float | None = Field(None, gt=0)
-    short_side: int | None = Field(None, ge=16)
+    window: int | None = Field(default=None, ge=1)
+    interval: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0)
+    short_side: int | None = Field(default=None, ge=16)
     crop: tuple[int, int] | Literal["full"] | None = None
     flow: str | None = None
     levels: bool = False
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    port: str | None = None  # whose arithmetic, where implementations of the network differ; None: the checkpoint's
 
 
 class DataRecipe(Model):
@@ -50,42 +51,42 @@ class DataRecipe(Model):
 
     # None: "training"; where the annotations have none, "validation", as THUMOS14's detectors are trained on it
     train_subset: str | None = None
-    holdout: float = Field(0.1, ge=0, lt=1)  # part of the training videos kept aside to choose the checkpoint by mAP
+    holdout: float = Field(default=0.1, ge=0, lt=1)  # part of the training videos kept aside to choose the checkpoint by mAP
     holdout_subset: str | None = None  # a subset of its own for that, instead of a part of the training videos
-    row_spacing: int = Field(1, ge=1)  # this many neighbouring rows are averaged into one
-    max_rows: int = Field(4096, ge=1)  # longer videos are cut at random in training; detection always sees all
-    workers: int = Field(0, ge=0)
+    row_spacing: int = Field(default=1, ge=1)  # this many neighbouring rows are averaged into one
+    max_rows: int = Field(default=4096, ge=1)  # longer videos are cut at random in training; detection always sees all
+    workers: int = Field(default=0, ge=0)
 
 
 class TrainRecipe(Model):
     """How a detector is trained; every detector's own values stand in its recipe files."""
 
-    epochs: int = Field(20, ge=1)
-    batch_videos: int = Field(1, ge=1)
-    accumulate: int = Field(1, ge=1)
+    epochs: int = Field(default=20, ge=1)
+    batch_videos: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "cosine", "step"] = "constant"
     step_epochs: tuple[int, ...] = ()
-    step_gamma: float = Field(0.1, gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    ema: float | None = Field(None, gt=0, lt=1)
+    step_gamma: float = Field(default=0.1, gt=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     select: Literal["map", "last"] = "map"
-    eval_every: int = Field(1, ge=1)
+    eval_every: int = Field(default=1, ge=1)
 
 
 class PostprocessRecipe(Model):
     """Suppression of decoded segments, per video and class unless ``class_agnostic``."""
 
     method: Literal["nms", "soft_nms", "none"] = "nms"
-    tiou: float = Field(0.7, ge=0, le=1)
-    sigma: float = Field(0.5, gt=0)
-    min_score: float = Field(1e-3, ge=0)
-    max_segments: int = Field(200, ge=1)
-    pre_topk: int = Field(2000, ge=1)
+    tiou: float = Field(default=0.7, ge=0, le=1)
+    sigma: float = Field(default=0.5, gt=0)
+    min_score: float = Field(default=1e-3, ge=0)
+    max_segments: int = Field(default=200, ge=1)
+    pre_topk: int = Field(default=2000, ge=1)
     class_agnostic: bool = False
 
 
@@ -182,7 +183,7 @@ def validated(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> Mo
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     node: Any = model
     for part in location:
-        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        field = node.model_fields.get(str(part)) if isinstance(node, type) and issubclass(node, BaseModel) else None
         node = None if field is None else field.annotation
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
 

@@ -102,6 +102,7 @@ def detect(
         raise click.UsageError("name VIDEOS, or a --store whose features are searched")
     suppression = postprocess_recipe(run, sets)
     failures: list[Any] = []
+    searched: list[str] = []
     if videos:
         from tad.apply import detect_videos
 
@@ -109,8 +110,8 @@ def detect(
         found = detect_videos(
             videos, run=run, store=store, weights=given, device=o["device"], postprocess=suppression, progress=progress
         )
-        predictions, failures = found.predictions, found.failures
-    else:
+        predictions, searched, failures = found.predictions, found.videos, found.failures
+    elif store is not None:
         from tad.detect import detect as from_store
 
         predictions = from_store(
@@ -118,10 +119,10 @@ def detect(
             postprocess=suppression, failures=failures, progress=progress,
         )  # fmt: skip
     if o["out"]:
-        write_predictions(o["out"], predictions)
+        write_predictions(o["out"], predictions, videos=searched)
         click.echo(f"{len(predictions)} segments in {predictions['video'].nunique()} videos: {o['out']}")
     else:
-        click.echo(predictions_json(predictions), nl=False)
+        click.echo(predictions_json(predictions, videos=searched), nl=False)
     for failure in failures:
         say(f"failed: {failure}")
     if failures:

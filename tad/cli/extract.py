@@ -43,6 +43,7 @@ from tad.cli.common import PARTLY, as_json, device_option, say, show, size_optio
 @click.option("--crop", callback=size_option, metavar="HxW|full", help="Centre crop.  [default: the backbone's]")
 @click.option("--flow", help="Optical flow for flow networks: dis, farneback.  [default: dis]")
 @click.option("--levels", is_flag=True, help="Store the last stage outputs as well (s2, s4, s8).")
+@click.option("--port", help="Whose arithmetic, where ports of a network differ.  [default: the checkpoint's]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @device_option
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a forward pass.")
@@ -65,7 +66,7 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     from tad.extract import pipeline, report
     from tad.progress import progress
 
-    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision")
+    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision", "port")
     recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
     common = {
         "store": o["store"],

@@ -84,7 +84,7 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
             f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE (docs/backbones.md names public "
             "ones), or say --weights random for features of an untrained network"
         )
-    backbone = build_backbone(recipe.backbone, weights=recipe.weights).eval().fuse().to(device)
+    backbone = build_backbone(recipe.backbone, weights=recipe.weights, port=recipe.port).eval().fuse().to(device)
     spec = backbone.spec
     plan = SnippetPlan(recipe.window or spec.window, recipe.interval or spec.interval, recipe.stride or spec.stride)
     if plan.window < spec.min_frames:
@@ -117,7 +117,8 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         "preprocessing": {"value_range": list(spec.value_range), "mean": list(spec.mean), "std": list(spec.std)},
         "extractor": EXTRACTOR,
     }
-    source = recipe.weights if recipe.weights.startswith("random") else str(Path(recipe.weights).resolve())
+    is_random = str(backbone.weights_id).startswith("random")
+    source = recipe.weights if is_random else str(Path(recipe.weights).expanduser().resolve())
     info = {"weights_source": source, "tad_version": __version__}
     geometry = Geometry(short_side, crop)
     return Stream(name or spec.name, recipe, backbone, plan, geometry, recipe.fps, flow, levels, described, info)
@@ -149,4 +150,5 @@ def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
         flow=None if flow is None else flow["name"],
         levels=bool(spec["levels"]),
         precision=spec["precision"],
+        port=spec["variant"],
     )

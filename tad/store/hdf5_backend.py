@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class Hdf5Backend:
                     dataset = file.create_dataset(level, data=array, chunks=chunks, fletcher32=True)
                     for dimension, name in zip(dataset.dims, dimension_names(level, array.ndim), strict=True):
                         dimension.label = name
-            _seal(temporary)
+            seal(temporary)
             sync_path(temporary)
             os.replace(temporary, target)
         finally:
@@ -227,26 +227,26 @@ class Hdf5Backend:
         self.files.delete(key)
 
 
-def _seal(path: str) -> None:
+def _head(file: BinaryIO) -> bytes:
+    """What the user block of an open file has to be: JSON text, padded with zeros."""
+    file.seek(_BLOCK)
+    head = {"encoding-type": ENTRY, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return json.dumps(head).encode().ljust(_BLOCK, b"\0")
+
+
+def seal(path: str) -> None:
     """Write the digest of a finished file into its user block."""
     with open(path, "r+b") as file:
-        file.seek(_BLOCK)
-        head = {"encoding-type": ENTRY, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        head = _head(file)
         file.seek(0)
-        file.write(json.dumps(head).encode().ljust(_BLOCK, b"\0"))
+        file.write(head)
 
 
 def check_seal(path: str) -> None:
     """Compare a file with the digest in its user block; files of other makers, without a user block, pass."""
     with open(path, "rb") as file:
-        head = file.read(_BLOCK)
-        if head.startswith(b"\x89HDF"):
-            return
-        try:
-            recorded = json.loads(head.rstrip(b"\0"))["sha256"]
-        except DAMAGE as error:
-            raise Damaged(f"{path} is no HDF5 file, or its beginning is damaged") from error
-        if hashlib.file_digest(file, "sha256").hexdigest() != recorded:
+        found = file.read(_BLOCK)
+        if not found.startswith(b"\x89HDF") and found != _head(file):
             raise Damaged(f"{path} is not what was written (SHA-256 differs)")
 
 

@@ -446,11 +446,11 @@ def test_newer_stores_are_refused(kind: str, place: str) -> None:
     else:
         import h5py
 
-        from tad.store.hdf5_backend import _seal
+        from tad.store.hdf5_backend import seal
 
         with h5py.File(Path(place, "s/v.h5"), "a") as file:
             file.attrs["encoding-version"] = "2.0"
-        _seal(str(Path(place, "s/v.h5")))
+        seal(str(Path(place, "s/v.h5")))
     with open_store(place) as store, pytest.raises(StoreError, match=r"encoding-version 2.0"):
         store["s", "v"]
 

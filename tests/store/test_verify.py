@@ -12,7 +12,7 @@ import pytest
 
 from tad.errors import StoreError
 from tad.store import Level, Store, open_store
-from tad.store.hdf5_backend import _seal
+from tad.store.hdf5_backend import seal
 from tad.timeline import TimeAxis
 
 from .conftest import AXIS, SOURCE, SPEC, put, rows
@@ -221,7 +221,7 @@ def test_a_stray_array_and_a_missing_one(filled: str, kind: str) -> None:
 
         with h5py.File(Path(filled, "p", "v.h5"), "a") as file:
             file.move("s4", "s16")
-        _seal(str(Path(filled, "p", "v.h5")))
+        seal(str(Path(filled, "p", "v.h5")))
     else:
         Path(filled, "p", "v", "s4").rename(Path(filled, "p", "v", "s16"))
     assert problems(filled, deep=False) == [("p", "v", None), ("p", "v", "s4")]

@@ -78,7 +78,7 @@ def _unit(
     stride: tuple[int, int, int] = (1, 1, 1),
     kernel: tuple[int, int, int] = (3, 3, 3),
 ) -> nn.Sequential:
-    padding = tuple(size // 2 for size in kernel)
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
     conv = nn.Conv3d(channels_in, channels_out, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm3d(channels_out), nn.ReLU(inplace=True))
