@@ -53,7 +53,7 @@ def train_detector(
     chosen = detect_recipe(name, file=recipe, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
     metrics = run(chosen, progress=progress, **o)
     show(metrics) if as_json else click.echo(
-        f"{o['out']}: best epoch {metrics.get('best_epoch')}, holdout mAP {metrics.get('best_map')}"
+        f"{o['out']}: epoch {metrics['best_epoch']} chosen, average mAP on held-out videos {metrics['average_map']}"
     )
 
 

@@ -92,7 +92,7 @@ def anchor_scales_for(
 
     Returns
     -------
-    Rising scales, at least 1 row, rounded to half rows below 8 and to whole rows above.
+    Rising scales, at least 1 row, rounded to tenths of rows below 10 and to whole rows above.
 
     Raises
     ------
@@ -120,5 +120,5 @@ def anchor_scales_for(
 
 def _series(low: float, high: float, count: int) -> tuple[float, ...]:
     values = np.geomspace(low, high, count) if count > 1 else np.array([math.sqrt(low * high)])
-    rounded = np.where(values < 8, np.round(2 * values) / 2, np.round(values))
+    rounded = np.where(values < 10, np.round(values, 1), np.round(values))
     return tuple(float(value) for value in np.unique(np.maximum(rounded, 1.0)))

@@ -99,6 +99,8 @@ def world(device: str | torch.device | None) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        if joined:
+            dist.barrier()  # nobody hangs up while another process is still talking
     finally:
         if joined:
             dist.destroy_process_group()

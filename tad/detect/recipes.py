@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
             "lr": 1e-3,
             "weight_decay": 0.01,
             "schedule": "cosine",
-            "warmup_epochs": 1,
+            "warmup_epochs": 0.5,
             "clip_norm": 1.0,
             "ema": 0.99,
         },

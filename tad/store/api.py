@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -68,9 +69,6 @@ class Store:
     entries of one store at once. A Store may be pickled and survives a fork: handles are opened again there.
     """
 
-    format: Format
-    path: str
-
     def __init__(
         self,
         path: str | Path,
@@ -85,13 +83,12 @@ class Store:
         self.path, self.mode, self.fsync = os.fspath(path), mode, fsync
         self.storage_options = dict(storage_options or {})
         self._place = place_of(self.path)
-        self.format = choose_format(self._place, mode, format, self.storage_options)
-        self._changed = False
+        self.format: Format = choose_format(self._place, mode, format, self.storage_options)
         self._closed = False
         self._start()
-        attrs = self._backend.root_attrs()
-        if attrs is None:
-            self._backend.create_root(layout.store_attrs())
+        if self._backend.root_attrs() is None:
+            with self._writing("the store"):
+                self._backend.create_root(layout.store_attrs())
 
     def _start(self) -> None:
         """A backend of this process, with no handle open."""
@@ -114,7 +111,7 @@ class Store:
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _changed=False)
+        self.__dict__.update(state)
         self._start()
 
     def __enter__(self) -> Self:
@@ -130,8 +127,9 @@ class Store:
         """Drop all handles; after writes to an HDF5 store, bring ``store.h5`` up to date."""
         if self._closed:
             return
-        if self._changed:
-            self._backend.link()
+        if self.mode == "a":
+            with self._writing("store.h5"):
+                self._backend.link_if_needed()
         self._backend.forget()
         self._entries.clear()
         self._closed = True
@@ -149,9 +147,9 @@ class Store:
         """
         backend, name = self._writable(), encode_name(stream, "stream")
         attrs = layout.stream_attrs(spec, info, where=f"{self.path}: stream {stream!r}")
-        if backend.stream_attrs(name) is None and backend.put_stream(name, attrs):
-            self._changed = True
-            return str(attrs["fingerprint"])
+        if backend.stream_attrs(name) is None:
+            with self._writing(stream):
+                backend.put_stream(name, attrs)  # unless another process does so first, perhaps with another recipe
         self.check_stream(stream, attrs["spec"])
         return str(self._stream(stream)["fingerprint"])
 
@@ -243,19 +241,19 @@ class Store:
         entry = layout.entry_attrs(
             video, levels, fingerprint=fingerprint, duration_s=duration_s, source=source, extra=attrs, where=where
         )
-        backend.put_entry(stream_name, video_name, {path: level.array for path, level in levels.items()}, entry)
+        with self._writing(f"{stream}/{video}"):
+            backend.put_entry(stream_name, video_name, {path: level.array for path, level in levels.items()}, entry)
         self._forget(stream, video)
-        self._changed = True
 
     def delete(self, stream: str, video: str) -> None:
         """Remove one entry. Raises :class:`StoreError` when it is not there."""
         backend = self._writable()
         if not self.has(stream, video):
             raise StoreError(f"{self.path}: {stream}/{video} is not there, nothing was deleted")
-        backend.files.delete("catalog.csv")  # it would list what is gone
-        backend.delete_entry(encode_name(stream, "stream"), encode_name(video, "video id"))
+        with self._writing(f"{stream}/{video}"):
+            backend.files.delete("catalog.csv")  # it would list what is gone
+            backend.delete_entry(encode_name(stream, "stream"), encode_name(video, "video id"))
         self._forget(stream, video)
-        self._changed = True
 
     def __getitem__(self, key: tuple[str, str] | tuple[str, str, str]) -> Feature:
         if not isinstance(key, tuple) or len(key) not in (2, 3):
@@ -287,7 +285,8 @@ class Store:
         from tad.store.catalog import write_catalog
 
         self._writable()
-        write_catalog(self)
+        with self._writing("catalog.csv"):
+            write_catalog(self)
 
     def dask(self, stream: str, level: str | None = None) -> dict[str, Any]:
         """A lazy dask array (T, C, ...) for every video of a stream, chunked as it is stored."""
@@ -322,14 +321,22 @@ class Store:
 
     def link(self) -> None:
         """HDF5: rewrite ``store.h5``, which links all entries. Zarr: nothing to do."""
-        self._writable().link()
-        self._changed = False
+        backend = self._writable()
+        with self._writing("store.h5"):
+            backend.link()
 
     # ---- inside ----------------------------------------------------------------------------------
     def _writable(self) -> Backend:
         if self.mode != "a":
             raise StoreError(f"{self.path} was opened for reading; open_store(path, 'a') writes")
         return self._backend
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self.path}: {what} cannot be written: {error}") from error
 
     def _entry(self, stream: str, video: str) -> _Entry:
         backend, key = self._backend, (stream, video)
@@ -366,9 +373,7 @@ class Store:
         """The opened array behind a feature."""
         backend, entry = self._backend, self._entry(feature.stream, feature.video)
         if entry.attrs != feature.attrs:
-            raise StoreError(
-                f"{self.path}: {feature.stream}/{feature.video} was replaced since it was looked up; look it up again"
-            )
+            raise StoreError(self._replaced(feature))
         if feature.level not in entry.rows:
             names = encode_name(feature.stream, "stream"), encode_name(feature.video, "video id")
             listed = level_of(entry.attrs, feature.level, where=backend.where(*names))
@@ -377,12 +382,18 @@ class Store:
 
     def _read_rows(self, feature: Feature, start: int, stop: int) -> np.ndarray:
         try:
-            return np.asarray(self._rows(feature).read(start, stop))
+            rows = np.asarray(self._rows(feature).read(start, stop))
         except DAMAGE as error:
             raise StoreError(
                 f"{self.path}: {feature.stream}/{feature.video}/{feature.level}, rows {start} to {stop}, cannot be "
                 f"read: {describe(error)}. Verify the store (deep), and extract or import the damaged videos again"
             ) from error
+        if self._made.stamps_are_cheap and self._entry(feature.stream, feature.video).attrs != feature.attrs:
+            raise StoreError(self._replaced(feature))  # meanwhile: the rows may be a mixture of both
+        return rows
+
+    def _replaced(self, feature: Feature) -> str:
+        return f"{self.path}: {feature.stream}/{feature.video} was replaced since it was looked up; look it up again"
 
 
 def _decoded(names: list[str]) -> list[str]:

@@ -76,18 +76,25 @@ def read_features(file: FeatureFile, *, allow_pickle: bool) -> np.ndarray:
 
     Raises
     ------
-    Unreadable, or one of ``UNREADABLE`` : the file cannot be read, or does not hold one two-dimensional array.
+    One of ``UNREADABLE`` : the file cannot be read, or does not hold one two-dimensional array.
     """
     if file.key is not None:
-        array = _read_hdf5_key(file.path, file.key)
-    elif file.path.is_dir():
-        raise Unreadable("a folder; import it by itself")
-    else:
-        reader = READERS.get(file.path.suffix.lower())
-        if reader is None:
-            raise Unreadable(f"of a kind that is not read; known are {', '.join(READERS)}")
-        array = reader(file.path, allow_pickle)
-    return _two_dimensional(array)
+        return _two_dimensional(_read_hdf5_key(file.path, file.key))
+    return _two_dimensional(READERS[file.path.suffix.lower()](file.path, allow_pickle))
+
+
+def why_not(file: FeatureFile, *, allow_pickle: bool) -> str | None:
+    """Why a file is not even tried; None for one that is."""
+    kind = file.path.suffix.lower()
+    if file.key is not None:
+        return None
+    if file.path.is_dir():
+        return "is a folder; import it by itself"
+    if kind not in READERS:
+        return f"is of a kind that is not read; known are {', '.join(READERS)}"
+    if READERS[kind] is _pkl and not allow_pickle:
+        return "is a pickle, which can run any code; pass allow_pickle if you trust whoever made it"
+    return None
 
 
 def _two_dimensional(array: np.ndarray) -> np.ndarray:
@@ -142,8 +149,6 @@ def _pt(path: Path, allow_pickle: bool) -> np.ndarray:
 
 
 def _pkl(path: Path, allow_pickle: bool) -> np.ndarray:
-    if not allow_pickle:
-        raise Unreadable("is a pickle, which can run any code; pass allow_pickle if you trust whoever made it")
     with path.open("rb") as file:
         return _numbers(pickle.load(file))
 

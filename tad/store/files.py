@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from tad.errors import StoreError
+
 Mode = Literal["r", "a"]
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.(tmp|partial)$")  # ours, and zarr-python's own
 WORK_FOLDER = re.compile(
@@ -67,6 +69,8 @@ class LocalFiles:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
+        except OSError as error:
+            raise StoreError(f"{self.where(key)} cannot be read: {error.strerror or error}") from error
 
     def write(self, key: str, data: bytes) -> None:
         """Atomic: readers see the old bytes or the new ones."""

@@ -14,6 +14,7 @@ Attributes that are not text, a number or a truth value are JSON text; the attri
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -21,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -191,6 +192,21 @@ class Hdf5Backend:
             if self._scan() == found:
                 return
 
+    def link_if_needed(self) -> None:
+        """Rewrite ``store.h5`` unless it links just what is there, whoever wrote it."""
+        if self._linked() != self._scan():
+            self.link()
+
+    def _linked(self) -> dict[str, list[str]] | None:
+        """What ``store.h5`` links; None when there is none that can be read."""
+        import h5py
+
+        try:
+            with h5py.File(self.files.where(_MASTER), "r", locking=False) as file:
+                return {stream: sorted(group) for stream, group in file.items()}
+        except DAMAGE:
+            return None
+
     def _scan(self) -> dict[str, list[str]]:
         return {stream: sorted(self.videos(stream)) for stream in sorted(self.streams())}
 
@@ -227,7 +243,7 @@ class Hdf5Backend:
         self.files.delete(key)
 
 
-def _head(file: BinaryIO) -> bytes:
+def _head(file: io.BufferedIOBase) -> bytes:
     """What the user block of an open file has to be: JSON text, padded with zeros."""
     file.seek(_BLOCK)
     head = {"encoding-type": ENTRY, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

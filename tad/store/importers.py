@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ import numpy as np
 
 from tad.errors import StoreError
 from tad.store.api import Store
-from tad.store.feature_files import UNREADABLE, FeatureFile, Unreadable, find_files, read_features
-from tad.store.layout import Level, describe, sha256_of
+from tad.store.feature_files import UNREADABLE, FeatureFile, Unreadable, find_files, read_features, why_not
+from tad.store.layout import Level, checked_array, describe, sha256_of
+from tad.store.names import encode_name
 from tad.timeline import TimeAxis
 
 Layout = Literal["TC", "CT"]
@@ -57,21 +59,29 @@ class _Grid:
             "rescaled": self.rescaled,
         }
 
+    def __post_init__(self) -> None:
+        numbers = {"fps": self.fps, "window": self.window, "stride": self.stride}
+        for name, value in numbers.items():
+            if value is None and not self.rescaled:
+                raise StoreError(
+                    f"{name} is needed: fps, window and stride say where the rows lie in time "
+                    "(or say rescaled, and give durations)"
+                )
+            if value is not None and not 0 < value < math.inf:
+                raise StoreError(f"{name} must be a positive number, got {value}")
+        if not math.isfinite(self.offset):
+            raise StoreError(f"offset must be a finite number of frames, got {self.offset}")
+
     def frames(self) -> tuple[float, float, float]:
-        if self.fps is None or self.window is None or self.stride is None:
-            raise StoreError(
-                "fps, window and stride are needed: they say where the rows lie in time (or rescaled, with durations)"
-            )
-        if min(self.fps, self.window, self.stride) <= 0:
-            raise StoreError(
-                f"fps, window and stride must be positive, got {self.fps}, {self.window} and {self.stride}"
-            )
+        assert self.fps is not None
+        assert self.window is not None
+        assert self.stride is not None
         return self.fps, self.window, self.stride
 
     def axis(self, video: str, rows: int) -> tuple[TimeAxis, float]:
         """The axis of a video with ``rows`` rows, and its duration in seconds."""
         known = self.durations.get(video)
-        if known is not None and not (np.isfinite(known) and known > 0):
+        if known is not None and not 0 < known < math.inf:
             raise Unreadable(f"its duration is given as {known} seconds")
         if self.rescaled:
             if known is None:
@@ -129,44 +139,60 @@ def import_features(
         A single bad file is listed in ``skipped`` and never stops the rest.
     """
     grid = _Grid(fps, window, stride, offset, rescaled, durations or {})
-    if not rescaled:
-        grid.frames()
     if layout not in (None, "TC", "CT"):
         raise StoreError(f"layout must be 'TC' or 'CT', got {layout!r}")
     exists = stream in store.streams()
     if exists:
         store.create_stream(stream, grid.spec())  # refuses other numbers before anything is read
     report = ImportReport()
-    files = _with_ids(find_files(Path(source)), prefix, suffix, report)
+    files = _with_ids(find_files(Path(source)), prefix, suffix, report, allow_pickle=allow_pickle)
     channels = _stored_channels(store, stream) if exists else None
-    layout = layout or _find_layout(files, grid, channels, allow_pickle=allow_pickle)
+    if layout is None or channels is None:
+        shapes = _some_shapes(files, allow_pickle=allow_pickle)
+        layout = layout or _find_layout(files, shapes, grid, channels)
+        channels = channels or _usual_channels(files, shapes, layout)
     for video, file in files.items():
         try:
-            if not overwrite and exists and store.is_done(stream, video, file.source()):
+            source_of_it = file.source()
+            if exists and not overwrite and store.is_done(stream, video, source_of_it):
                 report.already.append(video)
                 continue
-            array = _rows_first(read_features(file, allow_pickle=allow_pickle), file, layout)
-            axis, duration_s = grid.axis(video, len(array))
-        except UNREADABLE as error:
-            report.skipped.append((file.label, str(error) if isinstance(error, Unreadable) else describe(error)))
-            continue
-        channels = channels or array.shape[1]
-        if array.shape[1] != channels:
-            report.skipped.append((file.label, f"has {array.shape[1]} channels, the stream has {channels}"))
+            level, duration_s = _read(file, video, grid, layout, channels, allow_pickle=allow_pickle)
+        except (StoreError, *UNREADABLE) as error:
+            plain = isinstance(error, StoreError | Unreadable)
+            report.skipped.append((file.label, str(error) if plain else describe(error)))
             continue
         if not exists:  # only now: a stream that nothing was written to would still be bound to its numbers
             store.create_stream(stream, grid.spec())
             exists = True
-        frames = (None, None, None) if rescaled else (stride, window, fps)
-        _write(store, stream, video, file, Level(array, axis, *frames), duration_s, report, overwrite=overwrite)
-        _warn_of_length(video, file, len(array), grid, report)
+        known = _stored(store, stream, video, level, duration_s)
+        if known == "same":
+            report.already.append(video)
+        elif known == "other" and not overwrite:
+            report.skipped.append((file.label, "the store has other features of this video; overwrite replaces them"))
+        else:
+            store.write(
+                stream,
+                video,
+                {"features": level},
+                duration_s=duration_s,
+                source=source_of_it,
+                overwrite=overwrite,
+            )
+            report.written.append(video)
+            _warn_of_length(video, file, len(level.array), grid, report)
     return report
 
 
-def _with_ids(found: list[FeatureFile], prefix: str, suffix: str, report: ImportReport) -> dict[str, FeatureFile]:
+def _with_ids(
+    found: list[FeatureFile], prefix: str, suffix: str, report: ImportReport, *, allow_pickle: bool
+) -> dict[str, FeatureFile]:
     files: dict[str, FeatureFile] = {}
     for file in found:
         name = file.name
+        if (reason := why_not(file, allow_pickle=allow_pickle)) is not None:
+            report.skipped.append((file.label, reason))
+            continue
         if len(name) <= len(prefix) + len(suffix) or not (name.startswith(prefix) and name.endswith(suffix)):
             report.skipped.append((file.label, f"its name is not {prefix}ID{suffix}"))
             continue
@@ -174,52 +200,45 @@ def _with_ids(found: list[FeatureFile], prefix: str, suffix: str, report: Import
         if video in files:
             report.skipped.append((file.label, f"is the same video as {files[video].label}"))
             continue
+        try:
+            encode_name(video, "video id")
+        except StoreError as error:
+            report.skipped.append((file.label, str(error)))
+            continue
         files[video] = file
     return files
 
 
-def _write(
-    store: Store,
-    stream: str,
-    video: str,
-    file: FeatureFile,
-    level: Level,
-    duration_s: float,
-    report: ImportReport,
-    *,
-    overwrite: bool,
-) -> None:
+def _read(
+    file: FeatureFile, video: str, grid: _Grid, layout: Layout | None, channels: int | None, *, allow_pickle: bool
+) -> tuple[Level, float]:
+    """One file as a level, and the duration of its video in seconds."""
+    array = _rows_first(read_features(file, allow_pickle=allow_pickle), file, layout)  # (T, C)
+    if array.shape[1] != channels:
+        raise Unreadable(f"has {array.shape[1]} channels, the stream has {channels}")
+    axis, duration_s = grid.axis(video, len(array))
+    frames = (None, None, None) if grid.rescaled else (grid.stride, grid.window, grid.fps)
+    return Level(checked_array(array, where=file.label), axis, *frames), duration_s
+
+
+def _stored(
+    store: Store, stream: str, video: str, level: Level, duration_s: float
+) -> Literal["same", "other", "nothing"]:
+    """Whether the store has this video, with the same rows and duration or with others."""
+    if not store.has(stream, video):
+        return "nothing"
     try:
-        if store.has(stream, video):
-            same = _is_stored(store, stream, video, level, duration_s)
-            if same or not overwrite:
-                if same:
-                    report.already.append(video)
-                else:
-                    report.skipped.append(
-                        (file.label, "the store has other features of this video; overwrite replaces them")
-                    )
-                return
-        store.write(
-            stream, video, {"features": level}, duration_s=duration_s, source=file.source(), overwrite=overwrite
-        )
-    except StoreError as error:  # NaN, an id that is too long, a damaged entry: this file's own trouble
-        report.skipped.append((file.label, str(error)))
-    else:
-        report.written.append(video)
-
-
-def _is_stored(store: Store, stream: str, video: str, level: Level, duration_s: float) -> bool:
-    attrs = store.attrs(stream, video)
-    stored = attrs["levels"][0]
-    array = level.array.astype(level.array.dtype.newbyteorder("<"), copy=False)
-    alike = stored["shape"] == list(array.shape) and stored["dtype"] == array.dtype.name
-    return alike and attrs["duration_s"] == duration_s and attrs["sha256"].get("features") == sha256_of([array])
+        attrs = store.attrs(stream, video)
+    except StoreError:
+        return "other"  # damaged
+    (name, *_), digest = store.levels(stream, video), sha256_of([level.array])
+    alike = store[stream, video].shape == level.array.shape and store[stream, video].dtype == level.array.dtype
+    return "same" if alike and attrs["duration_s"] == duration_s and attrs["sha256"][name] == digest else "other"
 
 
 def _warn_of_length(video: str, file: FeatureFile, rows: int, grid: _Grid, report: ImportReport) -> None:
     expected = grid.expected_rows(video)
-    if video in report.written[-1:] and expected is not None and abs(rows - expected) > _ROWS_OFF:
+    if expected is not None and abs(rows - expected) > _ROWS_OFF:
         promise = f"its duration of {grid.durations[video]} s promises {expected:.1f}"
         report.warnings.append((file.label, f"has {rows} rows, {promise}: check fps, window and stride"))
 
@@ -235,17 +254,32 @@ def _stored_channels(store: Store, stream: str) -> int | None:
     return None
 
 
-def _find_layout(
-    files: Mapping[str, FeatureFile], grid: _Grid, channels: int | None, *, allow_pickle: bool
-) -> Layout | None:
-    """Which axis is time, by the shapes of some files; None where no file leaves it open."""
+def _some_shapes(files: Mapping[str, FeatureFile], *, allow_pickle: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of the first files that can be read, by video."""
     shapes: dict[str, tuple[int, ...]] = {}
     for video, file in files.items():
-        if not file.rows_first and len(shapes) < _LOOKED_AT:
-            try:
-                shapes[video] = read_features(file, allow_pickle=allow_pickle).shape
-            except UNREADABLE:
-                continue  # told when its turn comes
+        if len(shapes) == _LOOKED_AT:
+            break
+        try:
+            shapes[video] = read_features(file, allow_pickle=allow_pickle).shape
+        except UNREADABLE:
+            continue  # told when its turn comes
+    return shapes
+
+
+def _usual_channels(
+    files: Mapping[str, FeatureFile], shapes: Mapping[str, tuple[int, ...]], layout: Layout | None
+) -> int | None:
+    """The number of channels that most files have; None where no file can be read."""
+    channels = Counter(shape[0 if layout == "CT" and not files[v].rows_first else 1] for v, shape in shapes.items())
+    return channels.most_common(1)[0][0] if channels else None
+
+
+def _find_layout(
+    files: Mapping[str, FeatureFile], shapes: Mapping[str, tuple[int, ...]], grid: _Grid, channels: int | None
+) -> Layout | None:
+    """Which axis is time, by the shapes of some files; None where no file leaves it open."""
+    shapes = {video: shape for video, shape in shapes.items() if not files[video].rows_first}
     if not shapes:
         return None
     for evidence in (_by_channels(shapes, channels), _by_durations(shapes, grid), _by_constancy(shapes)):
@@ -277,10 +311,10 @@ def _by_durations(shapes: Mapping[str, tuple[int, ...]], grid: _Grid) -> Layout 
 
 
 def _by_constancy(shapes: Mapping[str, tuple[int, ...]]) -> Layout | None:
-    """Channels are as many in every video, rows are not; one odd file among many may break the rule."""
+    """Channels are as many in every video, rows are not; a few odd files among many may break the rule."""
     most = [Counter(shape[axis] for shape in shapes.values()).most_common(1)[0][1] for axis in (0, 1)]
     same = [count == len(shapes) for count in most]
     if (decided := _decide(rows_first=same[1], channels_first=same[0])) is not None:
         return decided
-    mostly = [count > len(shapes) / 2 for count in most]
+    mostly = [count >= 0.75 * len(shapes) for count in most]
     return None if all(same) else _decide(rows_first=mostly[1], channels_first=mostly[0])

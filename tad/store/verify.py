@@ -28,6 +28,9 @@ class Problem(NamedTuple):
     level: str | None
     what: str
 
+    def __str__(self) -> str:
+        return f"{'/'.join(part for part in self[:3] if part) or 'store'}: {self.what}"
+
 
 @dataclass
 class VerifyReport:

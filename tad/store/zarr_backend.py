@@ -156,6 +156,8 @@ class ZarrBackend:
     def link(self) -> None:
         """Nothing is derived from the entries but the catalogue."""
 
+    link_if_needed = link
+
     # ---- what crashes leave behind ---------------------------------------------------------------
     def litter(self, min_age_s: float) -> list[str]:
         """Keys of temporary files, work folders and uncommitted entries not touched for ``min_age_s`` seconds."""

@@ -169,7 +169,9 @@ def test_sliding_max_is_max_pooling(length, longest):
     for kernel in range(1, longest + 1):
         expected = F.max_pool1d(F.pad(x, ((kernel - 1) // 2, kernel // 2)), kernel, stride=1)
         assert torch.equal(sliding(kernel), expected)
-        ours, theirs = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (sliding(kernel), expected))
+        ours, theirs = (
+            torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (sliding(kernel), expected)
+        )
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 

@@ -216,7 +216,14 @@ def ours(function, params, segments, scores, labels):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("norm_150", 11), ("norm_400", 12), ("sec_300_5cls", 15), ("sec_500_20cls", 15), ("tiny_sec_2", 15), ("empty_norm", 9)],
+    [
+        ("norm_150", 11),
+        ("norm_400", 12),
+        ("sec_300_5cls", 15),
+        ("sec_500_20cls", 15),
+        ("tiny_sec_2", 15),
+        ("empty_norm", 9),
+    ],
 )
 def test_agrees_with_public_implementations(shared, name, least):
     runs, arrays = golden(shared, name)
@@ -234,7 +241,10 @@ def test_agrees_with_public_implementations(shared, name, least):
         assert np.allclose(values[:count].numpy(), expected, rtol=0, atol=tolerance), (name, key, run)
         voted = run["params"].get("voting_thresh", 0) > 0  # moves the segments afterwards; scores stay
         if not voted and tolerance < 1e-4:
-            assert np.allclose(inputs[0][indices[:count]].numpy(), arrays[f"{key}_segs"], rtol=0, atol=1e-6), (name, key)
+            assert np.allclose(inputs[0][indices[:count]].numpy(), arrays[f"{key}_segs"], rtol=0, atol=1e-6), (
+                name,
+                key,
+            )
         compared += 1
     assert compared >= least
 
@@ -315,7 +325,9 @@ def test_suppress_follows_the_recipe(class_agnostic):
     best = torch.tensor(best)
 
     after = suppress(before, PostprocessRecipe(method="nms", tiou=0.4, **recipe))
-    expected = best[nms(before.segments_s[best], before.scores[best], None if own is None else own[best], tiou=0.4)][:12]
+    expected = best[nms(before.segments_s[best], before.scores[best], None if own is None else own[best], tiou=0.4)][
+        :12
+    ]
     assert after.extra["quality"].long().tolist() == expected.tolist()
     assert torch.equal(after.segments_s, before.segments_s[expected])
     assert torch.equal(after.labels, before.labels[expected])

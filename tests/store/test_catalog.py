@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from tad.store import Level, open_store
-
-from .conftest import AXIS, SOURCE, SPEC, put, rows
+from tests.store.makers import AXIS, SOURCE, SPEC, put, rows
 
 IDS = [
     "NA",

@@ -9,8 +9,7 @@ import pytest
 import zarr
 
 from tad.store import Level, open_store
-
-from .conftest import AXIS, SOURCE, SPEC, put, rows
+from tests.store.makers import AXIS, SOURCE, SPEC, put, rows
 
 FLAT = rows(300, 1024)
 PYRAMID = {"s2": rows(40, 6), "s4": rows(20, 6, seed=1), "s8": rows(10, 12, seed=2)}
@@ -139,6 +138,19 @@ class TestHdf5:
             store.delete("i3d-rgb", "video_1")
             store.create_stream("empty", SPEC)
         assert _linked(filled) == {"empty": [], "i3d-rgb": ["a%2Fb [ü]", "new"], "maps": ["video_1"]}
+
+    def test_store_h5_is_mended_by_the_next_writer(self, filled: str) -> None:
+        """After a run whose coordinator was killed, and one that found nothing left to do."""
+        before = _linked(filled)
+        master = Path(filled, "store.h5")
+        old = master.read_bytes()
+        with open_store(filled, "a") as store:
+            put(store, "new", FLAT[:3], stream="i3d-rgb")
+        for stale in (old, b"garbage"):
+            master.write_bytes(stale)
+            with open_store(filled, "a"):
+                pass
+            assert _linked(filled) == before | {"i3d-rgb": sorted([*before["i3d-rgb"], "new"])}
 
     def test_reading_leaves_store_h5_alone(self, filled: str) -> None:
         before = Path(filled, "store.h5").stat().st_mtime_ns

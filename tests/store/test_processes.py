@@ -5,8 +5,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,49 +12,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tad.errors import StoreError
 from tad.store import Store, open_store
+from tests.store.makers import SOURCE, SPEC, place_for, put, rows
 
-from .conftest import SOURCE, SPEC, place_for, put, rows
-
-WRITER = """
-import sys, numpy as np
-from tad.store import Level, open_store
-from tad.timeline import TimeAxis
-place, spec, source, count, overwrite = eval(sys.argv[1])
-axis = TimeAxis(0.5, 0.25, 0.5)
-with open_store(place, "a") as store:
-    store.create_stream("s", spec)
-    print("ready", flush=True)
-    for i in range(count):
-        video = f"video {i}/x"
-        if not overwrite and store.is_done("s", video, source):
-            continue
-        array = np.random.default_rng(i).standard_normal((30 + i, 600)).astype("f4")
-        array = np.tile(array, (9, 1)) if i % 7 == 3 else array  # now and then one of several chunks
-        store.write("s", video, {"features": Level(array, axis)}, duration_s=1.0 + i, source=source, overwrite=overwrite)
-"""
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+COUNT = 40
 
 
 def expected(number: int) -> np.ndarray:
-    array = np.random.default_rng(number).standard_normal((30 + number, 600)).astype("f4")
-    return np.tile(array, (9, 1)) if number % 7 == 3 else array
+    """What belongs into entry ``number``; now and then there are several chunks."""
+    return rows(2 + number, 40, seed=number) if number % 7 != 3 else rows(300, 900, seed=number)
 
 
-def writer(place: str, count: int, overwrite: bool = False) -> subprocess.Popen[bytes]:
-    argument = repr((place, SPEC, SOURCE, count, overwrite))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", WRITER, argument], stdout=subprocess.PIPE, env=environment)
+def write_all(place: str, overwrite: bool) -> None:
+    with open_store(place, "a") as store:
+        for number in range(COUNT):
+            video = f"video {number}/x"
+            if overwrite or not store.is_done("s", video, SOURCE):
+                put(store, video, expected(number), overwrite=overwrite)
 
 
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> None:
-    assert process.stdout is not None
-    with process, process.stdout:
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-
-
-COUNT = 60
+def killed_while_writing(place: str, overwrite: bool, after_s: float) -> None:
+    child = os.fork()
+    if child == 0:
+        write_all(place, overwrite)
+        os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def sound(place: str) -> int:
@@ -72,16 +56,15 @@ def sound(place: str) -> int:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_killed_writer_leaves_only_whole_entries(place: str, overwrite: bool) -> None:
+    with open_store(place, "a") as store:
+        store.create_stream("s", SPEC)
     moments = random.Random(7)
-    interrupted = 0
-    for _ in range(10):  # with both ways of writing: 20 rounds for each format
-        kill_after(writer(place, COUNT, overwrite), moments.uniform(0.0, 0.15))
-        interrupted += sound(place) < COUNT or overwrite
-    assert interrupted >= 5
-    process = writer(place, COUNT)
-    assert process.wait(timeout=60) == 0
-    assert process.stdout is not None
-    process.stdout.close()
+    unfinished = 0
+    for _ in range(12):  # with both ways of writing: 24 rounds for each format
+        killed_while_writing(place, overwrite, moments.uniform(0.0, 0.08))
+        unfinished += sound(place) < COUNT
+    assert unfinished >= 3
+    write_all(place, overwrite=False)
     assert sound(place) == COUNT
     with open_store(place, "a") as store:
         store.gc(min_age_s=0)
@@ -103,7 +86,7 @@ def _write_one(place: str, seed: int, start: object, failures: object) -> None:
 
 
 def test_writers_of_the_same_entry_leave_one_of_their_entries_whole(place: str) -> None:
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")
     with open_store(place, "a") as store:
         store.create_stream("s", SPEC)
     start, failures = context.Barrier(3), context.Queue()
@@ -128,7 +111,7 @@ def _write_some(place: str, first: int, start: object) -> None:
 
 
 def test_processes_write_different_entries_without_locks(place: str) -> None:
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")
     start = context.Barrier(3)  # they even make the store and the stream at once
     processes = [context.Process(target=_write_some, args=(place, first, start)) for first in range(3)]
     for process in processes:
@@ -174,7 +157,6 @@ def _sum_in_child(feature: object, queue: object) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_open_features_work_in_child_processes(place: str, method: str) -> None:
     array = rows(60, 7)
     with open_store(place, "a") as store:
@@ -248,16 +230,16 @@ def test_threads_share_a_store(place: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_readers_never_see_a_part_while_an_entry_is_replaced(place: str) -> None:
-    """Two versions of another length: each read gives one of them whole, or says that the entry is not there just now."""
-    versions = [rows(40, 500, seed=1), rows(90, 500, seed=2)]
+    """Versions of the same and of another shape: a read gives one of them whole, or says that it is not there now."""
+    versions = [rows(400, 900, seed=1), rows(400, 900, seed=2), rows(30, 900, seed=3)]
     with open_store(place, "a") as store:
         put(store, "v", versions[0])
     done = threading.Event()
 
     def replace() -> None:
         with open_store(place, "a") as mine:
-            for number in range(30):
-                put(mine, "v", versions[number % 2], overwrite=True)
+            for number in range(40):
+                put(mine, "v", versions[number % 3], overwrite=True)
         done.set()
 
     thread = threading.Thread(target=replace)
@@ -271,8 +253,6 @@ def test_readers_never_see_a_part_while_an_entry_is_replaced(place: str) -> None
 
 
 def _read_some_version(store: Store, versions: list[np.ndarray]) -> int:
-    from tad.errors import StoreError
-
     try:
         array = store["s", "v"].numpy()
     except StoreError:

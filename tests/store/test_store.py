@@ -18,8 +18,7 @@ from tad import __version__
 from tad.errors import StoreError
 from tad.store import Level, Store, fingerprint_of, open_store
 from tad.timeline import TimeAxis
-
-from .conftest import AXIS, SOURCE, SPEC, level, place_for, put, rows
+from tests.store.makers import AXIS, SOURCE, SPEC, level, place_for, put, rows
 
 
 def test_round_trip(any_place: str) -> None:
@@ -469,6 +468,21 @@ def test_what_others_wrote_is_not_taken_for_a_store(tmp_path: Path) -> None:
         zarr.create_group(str(tmp_path / "x.zarr"), path="s/foreign")
         with pytest.raises(StoreError, match="not written by tad"):
             store["s", "foreign"]
+
+
+def test_a_disk_that_does_not_take_it(kind: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match=r"/proc/x: the store cannot be written: .*"):
+        open_store("/proc/x", "a", format="zarr" if kind == "zarr" else "hdf5")
+    with open_store(place, "a") as store:
+        store.create_stream("s", SPEC)
+        full = OSError(28, "No space left on device")
+        for name in ("replace", "rename"):
+            monkeypatch.setattr(f"os.{name}", lambda *names: (_ for _ in ()).throw(full))
+        with pytest.raises(StoreError, match=r"s/v cannot be written: .*No space left on device"):
+            put(store, "v", rows(3))
+        monkeypatch.undo()
+        assert store.videos("s") == []
+        assert store.gc(min_age_s=0) == []  # it cleaned up behind itself
 
 
 def test_urls() -> None:

@@ -14,8 +14,7 @@ from tad.errors import StoreError
 from tad.store import Level, Store, open_store
 from tad.store.hdf5_backend import seal
 from tad.timeline import TimeAxis
-
-from .conftest import AXIS, SOURCE, SPEC, put, rows
+from tests.store.makers import AXIS, SOURCE, SPEC, put, rows
 
 ARRAY = rows(600, 512)  # 1.2 MB: two chunks
 

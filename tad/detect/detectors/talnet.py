@@ -42,6 +42,7 @@ class TALNetOutputs:
     offsets: Tensor  # (B, N, 2)
     proposals: Tensor  # (P, 2)
     sample: Tensor  # (P,) which sample a proposal belongs to
+    confidence: Tensor  # (P,) the objectness logit of its anchor; +inf for a truth that joined them in training
     logits: Tensor  # (P, classes + 1), background first
     regressions: Tensor  # (P, 1 or classes, 2)
 
@@ -201,34 +202,39 @@ class TALNet(Detector):
         if self.training:
             if batch.targets is None:
                 raise ValueError("TALNet in training mode needs batch.targets; call .eval() to detect")
-            found = [self._chosen(p, _truths(t, e)[0]) for p, t, e in zip(found, batch.targets, extent, strict=True)]
-        proposals = torch.cat(found)  # (P, 2)
-        counts = torch.tensor([len(p) for p in found], device=proposals.device)
+            found = [self._chosen(*f, _truths(t, e)[0]) for f, t, e in zip(found, batch.targets, extent, strict=True)]
+        proposals, confidence = (torch.cat(part) for part in zip(*found, strict=True))  # (P, 2), (P,)
+        counts = torch.tensor([len(part[0]) for part in found], device=proposals.device)
         sample = torch.repeat_interleave(torch.arange(len(found), device=proposals.device), counts)  # (P,)
         logits, regressions = _mean(
             network(x, rows, proposals, sample) for network, x in zip(self.classifiers, maps, strict=True)
         )
-        return TALNetOutputs(anchors, valid, extent, objectness, offsets, proposals, sample, logits, regressions)
+        return TALNetOutputs(
+            anchors, valid, extent, objectness, offsets, proposals, sample, confidence, logits, regressions
+        )
 
     def _propose(
         self, anchors: Tensor, valid: Tensor, objectness: Tensor, offsets: Tensor, rows: Tensor, limit: int
-    ) -> list[Tensor]:
-        """For each sample its proposals (P_i, 2), by falling objectness, inside ``[0, rows]``, after NMS."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each sample its proposals (P_i, 2), inside ``[0, rows]``, and their objectness (P_i,), falling, after NMS."""
         segments = decode_center_length(offsets, anchors, weights=WEIGHTS)  # (B, N, 2)
         segments = clip_segments(segments, 0.0, rows[:, None, None])
         usable = valid & (segments[..., 1] - segments[..., 0] > 1e-3) & objectness.isfinite()  # NaN is nobody's length
         found = []
         for these, scores, use in zip(segments, objectness, usable, strict=True):
-            these = these[use]
-            found.append(these[nms(these, scores[use], tiou=self.proposal_nms_tiou, max_segments=limit)])
+            these, scores = these[use], scores[use]
+            kept = nms(these, scores, tiou=self.proposal_nms_tiou, max_segments=limit)
+            found.append((these[kept], scores[kept]))
         return found
 
-    def _chosen(self, proposals: Tensor, truths: Tensor) -> Tensor:
-        """The proposals (P, 2) of one video that a training step classifies."""
+    def _chosen(self, proposals: Tensor, confidence: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
+        """The proposals (P, 2) of one video that a training step classifies, and their confidence (P,)."""
         if self.append_truth:
             proposals = torch.cat((proposals, truths))
+            confidence = torch.cat((confidence, confidence.new_full((len(truths),), math.inf)))
         tiou, _ = best_truth(segment_tiou(proposals, truths))
-        return proposals[self._sampled(tiou > self.proposal_positive_tiou)]
+        chosen = self._sampled(tiou > self.proposal_positive_tiou)
+        return proposals[chosen], confidence[chosen]
 
     def _sampled(self, positive: Tensor) -> Tensor:
         """(P,) bool: the proposals of one video in its sample; a sample drawn before is all drawn again."""
@@ -260,7 +266,7 @@ class TALNet(Detector):
             positive, negative, count=self.anchors_per_video, positive_share=self.anchor_positive_share
         )
         either = positive | negative
-        weight = _weights(either)
+        weight = _weights(either, outputs.objectness.dtype)
         entropy = F.binary_cross_entropy_with_logits(
             outputs.objectness[either],
             positive[either].to(outputs.objectness.dtype),
@@ -284,7 +290,7 @@ class TALNet(Detector):
             own = torch.nonzero(outputs.sample == i).squeeze(1)
             tiou, truth = best_truth(segment_tiou(proposals[own], segments))
             positive = tiou > self.proposal_positive_tiou
-            weight[own] = _weights(self._sampled(positive)[None])[0].to(weight) / len(truths)
+            weight[own] = _weights(self._sampled(positive)[None], weight.dtype)[0] / len(truths)
             if len(segments):
                 label[own] = torch.where(positive, labels[truth] + 1, 0)
                 goal[own] = segments[truth]
@@ -350,10 +356,10 @@ def _mean(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
     )
 
 
-def _weights(chosen: Tensor) -> Tensor:
+def _weights(chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """For ``chosen`` (B, N): 1 / (how many of the row are chosen · B) where chosen, else 0."""
     count = chosen.sum(1, keepdim=True).clamp(min=1)
-    return chosen / (count * len(chosen))
+    return chosen.to(dtype) / (count * len(chosen))
 
 
 def _truths(target: Targets, extent: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,15 +35,15 @@ class Tower(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel, dilation=d, padding=d * (kernel // 2)) for d in dilations
         )
-        self.objectness = nn.Conv1d(width, anchors, 1)
-        self.offsets = nn.Conv1d(width, 2 * anchors, 1)
+        self.objectness = nn.Linear(width, anchors)  # convolutions with kernel 1
+        self.offsets = nn.Linear(width, 2 * anchors)
 
     def forward(self, x: SlidingMax, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows ``x`` (B, W, T), zero where ``mask`` (B, 1, T) is → objectness (B, A, T) and offsets (B, A, 2, T)."""
+        """Rows ``x`` (B, W, T), zero where ``mask`` (B, 1, T) is → objectness (B, T, A) and offsets (B, T, A, 2)."""
         y = x(self.pool) * mask  # (B, W, T)
         y = F.relu(self.convs[0](y)) * mask
-        y = F.relu(self.convs[1](y))
-        return self.objectness(y), self.offsets(y).unflatten(1, (self.anchors, 2))
+        y = F.relu(self.convs[1](y)).transpose(1, 2)  # (B, T, W)
+        return self.objectness(y), self.offsets(y).unflatten(2, (self.anchors, 2))
 
 
 class SegmentProposalNetwork(nn.Module):
@@ -73,7 +73,7 @@ class SegmentProposalNetwork(nn.Module):
         """``features`` (B, C, T), ``mask`` (B, 1, T) → objectness (B, T, K) and offsets (B, T, K, 2)."""
         x = SlidingMax(F.relu(self.reduce(features)) * mask, longest=self.longest)  # of (B, W, T)
         objectness, offsets = zip(*(tower(x, mask) for tower in self.towers), strict=True)
-        return torch.cat(objectness, 1).transpose(1, 2), torch.cat(offsets, 1).permute(0, 3, 1, 2)
+        return torch.cat(objectness, 2), torch.cat(offsets, 2)
 
 
 class SegmentClassifier(nn.Module):
