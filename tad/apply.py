@@ -22,7 +22,8 @@ from tad.recipe import ExtractRecipe, PostprocessRecipe
 
 @dataclass
 class VideoDetections:
-    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score; the videos that were searched, with
+    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score; the videos that were searched,
+    with
     or without a find; those that failed.
     """
 

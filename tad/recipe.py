@@ -51,7 +51,8 @@ class DataRecipe(Model):
 
     # None: "training"; where the annotations have none, "validation", as THUMOS14's detectors are trained on it
     train_subset: str | None = None
-    holdout: float = Field(default=0.1, ge=0, lt=1)  # part of the training videos kept aside to choose the checkpoint by mAP
+    # part of the training videos kept aside to choose the checkpoint by mAP
+    holdout: float = Field(default=0.1, ge=0, lt=1)
     holdout_subset: str | None = None  # a subset of its own for that, instead of a part of the training videos
     row_spacing: int = Field(default=1, ge=1)  # this many neighbouring rows are averaged into one
     max_rows: int = Field(default=4096, ge=1)  # longer videos are cut at random in training; detection always sees all

@@ -37,10 +37,6 @@ class Sample:
     def rows(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.features.values())
-
 
 def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
     """Raise :class:`RecipeError` when a detector reads nothing, or in a layout that does not exist here."""

@@ -28,15 +28,19 @@ class Match(NamedTuple):
     truth: Tensor
 
 
-def best_truth(tiou: Tensor) -> Match:
-    """The truth of largest tIoU for each row of ``tiou`` (N, G). Equal ones (the same segment with two labels, as all
-    CliffDiving of THUMOS14 is also Diving) are drawn at random, so that each is learnt in its share of steps."""
+def best_truth(tiou: Tensor, *, draw: bool = False) -> Match:
+    """The truth of largest tIoU for each row of ``tiou`` (N, G): of equal ones the first, with ``draw`` a random one.
+
+    Equal ones are a segment with two labels, as all CliffDiving of THUMOS14 is also Diving: drawn anew in every step,
+    each label is learnt in its share.
+    """
     if tiou.shape[1] == 0:
         return Match(tiou.new_zeros(len(tiou)), torch.zeros(len(tiou), dtype=torch.int64, device=tiou.device))
-    best = tiou.amax(1)
-    tied = tiou >= best[:, None] - TIE
-    draw = torch.rand(tiou.shape, device=tiou.device).masked_fill(~tied, -1.0)
-    return Match(best, draw.argmax(1))
+    best, truth = tiou.max(1)
+    if draw:
+        lots = torch.rand(tiou.shape, device=tiou.device).masked_fill(tiou < best[:, None] - TIE, -1.0)
+        truth = lots.argmax(1)
+    return Match(best, truth)
 
 
 def match_anchors(anchors: Tensor, truths: Tensor, tiou: Tensor, *, above: float, below: float) -> tuple[Tensor, ...]:

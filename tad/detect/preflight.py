@@ -126,7 +126,7 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
         messages.append(f"held out: {len(holdout)} of these (data.holdout={recipe.data.holdout}, seed {recipe.seed})")
     classes = sorted(set(map(str, subset.segments.loc[subset.segments["video"].isin(present), "label"])))
     if not classes:
-        raise RecipeError(f"{named} hold no segments in the {len(present)} videos with features: nothing to learn")
+        raise RecipeError(f"no segments in the {len(present)} videos with features of {named}: nothing to learn")
     holdout_truth = held.segments[held.segments["video"].isin(holdout)].reset_index(drop=True)
     if recipe.train.select == "map" and holdout_truth.empty:
         reason = "holds no segments" if holdout else "is empty"

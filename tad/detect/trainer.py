@@ -47,11 +47,13 @@ class Trainer:
         number of processes nor a short last batch changes what a video counts.
         """
         sums: dict[str, float] = {}
+        videos: list[str] = []
         precision = AUTOCAST.get(self.recipe.precision)
         for _ in step.batches:
             batch = next(batches)
             if batch is None:
                 continue
+            videos += batch.videos
             batch = batch.to(self.processes.device)
             with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
                 terms = self.detector.loss(self.detector(batch), batch.targets or [])
@@ -59,7 +61,7 @@ class Trainer:
             values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
             if not np.isfinite(values).all():
                 described = ", ".join(f"{name}={value:g}" for name, value in zip(terms, values, strict=True))
-                raise self._diverged(f"the loss is not finite ({described}) on videos {', '.join(batch.videos)}")
+                raise self._diverged(f"the loss is not finite ({described})", batch.videos)
             if loss.requires_grad:
                 self.scaler.scale(loss * (len(batch) / step.videos)).backward()
             for name, value in zip(terms, values, strict=True):
@@ -69,7 +71,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or math.inf)
             if not self.scaler.is_enabled() and not bool(torch.isfinite(norm)):
-                raise self._diverged("the gradient is not finite though the loss is")
+                raise self._diverged("the gradient is not finite though the loss is", videos)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -77,10 +79,10 @@ class Trainer:
             self.average.update(self.detector)
         return sums
 
-    def _diverged(self, what: str) -> TadError:
+    def _diverged(self, what: str, videos: list[str]) -> TadError:
         return TadError(
-            f"epoch {self.epoch + 1}: {what}. Lower train.lr, set train.clip_norm or train.warmup_epochs, or look at "
-            "the features and segments of these videos"
+            f"epoch {self.epoch + 1}: {what}, on videos {', '.join(videos)}. Lower train.lr, set train.clip_norm or "
+            "train.warmup_epochs, or look at the features and segments of these videos"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,6 +107,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == self.processes.size:
             set_random_state(state["random"][self.processes.rank])
+        else:  # other numbers are drawn from here on, but not the same ones in every process
+            seed_all(int(state["random"][0]["torch"].sum()), self.processes.rank)
 
 
 def seed_all(seed: int, *parts: int) -> None:

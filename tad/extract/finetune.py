@@ -41,7 +41,7 @@ from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry, source_of
 from tad.progress import ProgressFactory, silent
-from tad.recipe import Model, dump_yaml
+from tad.recipe import Model, apply_sets, dump_yaml, load_mapping, validated
 
 
 class FinetuneRecipe(Model):
@@ -87,7 +87,7 @@ def finetune(
     videos : files, folders or lists, as for :func:`tad.extract.extract`; only those that the annotations name are read.
     annotations : the truth, read or where it is.
     reuse : leave a finished training of the same recipe, annotations and files in ``out`` as it is.
-    overwrite : replace the training in ``out``.
+    overwrite : replace the training in ``out`` (with ``reuse``: if it is of others).
     device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
     progress : shows how far it is (see :mod:`tad.progress`).
 
@@ -156,6 +156,23 @@ def finetune(
     }
     _write(folder, backbone.cpu(), recipe, metrics)
     return metrics
+
+
+def finetune_recipe(
+    name: str | None = None, *, file: str | Path | None = None, sets: Iterable[str] = (), seed: int | None = None
+) -> FinetuneRecipe:
+    """A recipe from a backbone's name or a file, with ``sets`` (``steps=500``) and then ``seed`` on top.
+
+    Raises :class:`RecipeError` : neither a name nor a file, both and they disagree, unknown keys or values.
+    """
+    data = {} if file is None else load_mapping(file)
+    where = "recipe of a backbone" if file is None else str(file)
+    if name is not None and data.setdefault("backbone", name) != name:
+        raise RecipeError(f"{file} is a recipe of '{data['backbone']}', not of '{name}': leave one of them out")
+    data = apply_sets(data, sets)
+    if seed is not None:
+        data["seed"] = seed
+    return validated(FinetuneRecipe, data, where=where)
 
 
 def resolved(recipe: FinetuneRecipe, backbone: Backbone) -> tuple[FinetuneRecipe, ClipFormat]:
@@ -294,20 +311,19 @@ def _identity(recipe: FinetuneRecipe, truth: Truth, files: Sequence[VideoFile]) 
 def _finished(folder: Path, identity: str, *, reuse: bool, overwrite: bool) -> dict[str, Any] | None:
     """The metrics of a training to reuse; ``None`` when one is to be made."""
     path = folder / "metrics.json"
-    if not path.exists() or overwrite:
+    if not path.exists() or (overwrite and not reuse):
         return None
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = metrics["inputs_sha256"]
+        same = metrics["inputs_sha256"] == identity and (folder / "backbone.safetensors").exists()
     except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} is not that of a trained backbone: take another folder, or overwrite") from error
-    if reuse and known == identity and (folder / "backbone.safetensors").exists():
+        raise RecipeError(f"{path} is not that of a trained backbone: take another folder") from error
+    if reuse and same:
         return metrics
-    raise RecipeError(
-        f"{folder} holds a finished training"
-        + (" with another recipe, annotations or videos" if known != identity else "")
-        + ": take another folder, or overwrite"
-    )
+    if overwrite:
+        return None
+    other = "" if same else " of another recipe, other annotations or other videos"
+    raise RecipeError(f"{folder} holds a finished training{other}: take another folder, or overwrite it")
 
 
 def _write(folder: Path, backbone: nn.Module, recipe: FinetuneRecipe, metrics: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tad.detect.detectors.talnet import TALNet
 from tad.detect.detectors.talnet_layers import SegmentProposalNetwork
 from tad.detect.interface import Batch, LevelSpec, Targets
 from tad.detect.postprocess import suppress
-from tad.detect.segments import encode_center_length, paired_tiou
+from tad.detect.segments import encode_center_length, paired_tiou, segment_tiou
 from tad.errors import RecipeError, WeightsError
 from tad.recipe import PostprocessRecipe
 from tad.timeline import TimeAxis
@@ -294,7 +294,7 @@ def test_odd_truths_give_finite_losses_and_gradients(name, length, append_truth)
 
 
 def test_what_rows_look_at_beyond_their_spacing_belongs_to_them():
-    # windows of four spacings: row 0 looks at rows -1.5 to 2.5, so an action that starts with the video starts at row -1.5
+    # windows of four spacings: row 0 looks at rows -1.5 to 2.5, and a video's first moment is row -1.5
     axis = TimeAxis(scale_s=0.5, translation_s=1.0, window_s=2.0)
     batch = batch_of([20], [([[-1.5, 6.0]], [0])], axis=axis)
     batch.durations_s = [19 * 0.5 + 2.0]
@@ -343,6 +343,22 @@ def test_decoding_keeps_the_best():
         everything = detector.decode(outputs, batch)[0]
     assert len(found) == 10 < len(everything)
     assert torch.equal(found.scores, everything.scores[:10])
+
+
+def test_proposals_alone_in_seconds():
+    detector, batch = talnet(proposals=25), batch_of([30, 12])
+    with torch.no_grad():
+        outputs = detector(batch)
+        for i, found in enumerate(detector.decode_proposals(outputs, batch)):
+            own = outputs.sample == i
+            assert 0 < len(found) <= 25
+            assert torch.equal(found.segments_s, AXIS.to_seconds(outputs.proposals[own].double()))
+            assert torch.equal(found.scores, outputs.confidence[own].sigmoid())
+            assert (found.scores.diff() <= 0).all()
+            tiou = segment_tiou(found.segments_s, found.segments_s).fill_diagonal_(0)
+            assert tiou.max() < 0.7
+            for score in outputs.confidence[own]:  # each is some anchor's
+                assert (outputs.objectness[i] == score).any()
 
 
 def test_decoding_refuses_what_is_not_finite():

@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_videos(
     step = epoch_steps(9, batch=3, accumulate=1, seed=3, epoch=1)[1]
     videos = [sorted(state["train"])[i] for i in step.batches[0]]
     assert f"epoch 2: the loss is not finite (rows=inf, decay=" in str(error.value)  # noqa: F541
-    assert f"on videos {', '.join(videos)}" in str(error.value)
+    assert f", on videos {', '.join(videos)}. " in str(error.value)
     assert "train.lr" in str(error.value)
     assert "the loss is not finite" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -457,7 +457,9 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_weights(
         return {"root": self.hidden.weight.sub(self.hidden.weight.detach()).abs().sum().sqrt()}  # 0, slope infinite
 
     monkeypatch.setattr(Toy, "loss", spoilt)
-    with pytest.raises(TadError, match="epoch 1: the gradient is not finite though the loss is"):
+    with pytest.raises(
+        TadError, match=r"epoch 1: the gradient is not finite though the loss is, on videos video_\d+, video"
+    ):
         train(world, tmp_path / "run")
 
 

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tad.detect.anchors import anchor_scales_for, best_truth, checked_scales, make_anchors, match_anchors
-from tad.detect.detectors.checks import check_choice, check_numbers
+from tad.detect.detectors.common import (
+    check_choice,
+    check_numbers,
+    extents,
+    segments_in_seconds,
+    truths_within,
+)
 from tad.detect.detectors.talnet_layers import ReceptiveField, SegmentClassifier, SegmentProposalNetwork
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.pooling import soi_align, soi_max_pool, soi_mean_pool
@@ -195,14 +201,16 @@ class TALNet(Detector):
         objectness, offsets = objectness.flatten(1), offsets.flatten(1, 2)  # (B, N), (B, N, 2)
         anchors = make_anchors(batch.mask.shape[1], self.scales.to(objectness.dtype)).flatten(0, 1)  # (N, 2)
         valid = batch.mask.repeat_interleave(len(self.scales), 1)  # (B, N)
-        extent = _extents(batch, rows).to(anchors)  # (B, 2)
+        extent = extents(batch).to(anchors)  # (B, 2)
 
         limit = self.training_proposals if self.training else self.proposals
         found = self._propose(anchors, valid, objectness.detach(), offsets.detach(), rows, limit)
         if self.training:
             if batch.targets is None:
                 raise ValueError("TALNet in training mode needs batch.targets; call .eval() to detect")
-            found = [self._chosen(*f, _truths(t, e)[0]) for f, t, e in zip(found, batch.targets, extent, strict=True)]
+            found = [
+                self._chosen(*f, truths_within(t, e)[0]) for f, t, e in zip(found, batch.targets, extent, strict=True)
+            ]
         proposals, confidence = (torch.cat(part) for part in zip(*found, strict=True))  # (P, 2), (P,)
         counts = torch.tensor([len(part[0]) for part in found], device=proposals.device)
         sample = torch.repeat_interleave(torch.arange(len(found), device=proposals.device), counts)  # (P,)
@@ -216,7 +224,7 @@ class TALNet(Detector):
     def _propose(
         self, anchors: Tensor, valid: Tensor, objectness: Tensor, offsets: Tensor, rows: Tensor, limit: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """For each sample its proposals (P_i, 2), inside ``[0, rows]``, and their objectness (P_i,), falling, after NMS."""
+        """For each sample its proposals (P_i, 2) inside ``[0, rows]`` and their falling objectness, after NMS."""
         segments = decode_center_length(offsets, anchors, weights=WEIGHTS)  # (B, N, 2)
         segments = clip_segments(segments, 0.0, rows[:, None, None])
         usable = valid & (segments[..., 1] - segments[..., 0] > 1e-3) & objectness.isfinite()  # NaN is nobody's length
@@ -248,7 +256,7 @@ class TALNet(Detector):
 
         Truths are cut to what the sample's rows look at: an action longer than a sample is learnt as far as it is seen.
         """
-        truths = [_truths(target, extent) for target, extent in zip(targets, outputs.extent, strict=True)]
+        truths = [truths_within(target, extent) for target, extent in zip(targets, outputs.extent, strict=True)]
         return {**self._anchor_loss(outputs, truths), **self._proposal_loss(outputs, truths)}
 
     def _anchor_loss(self, outputs: TALNetOutputs, truths: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -288,7 +296,7 @@ class TALNet(Detector):
         weight = proposals.new_zeros(len(proposals))
         for i, (segments, labels) in enumerate(truths):
             own = torch.nonzero(outputs.sample == i).squeeze(1)
-            tiou, truth = best_truth(segment_tiou(proposals[own], segments))
+            tiou, truth = best_truth(segment_tiou(proposals[own], segments), draw=True)
             positive = tiou > self.proposal_positive_tiou
             weight[own] = _weights(self._sampled(positive)[None], weight.dtype)[0] / len(truths)
             if len(segments):
@@ -314,24 +322,33 @@ class TALNet(Detector):
         scores = outputs.logits.softmax(1)[:, 1:]  # (P, K)
         segments = decode_center_length(outputs.regressions, outputs.proposals[:, None], weights=WEIGHTS)  # (P, R, 2)
         segments = segments.expand(-1, self.classes, -1)  # (P, K, 2)
+        labels = torch.arange(self.classes, device=scores.device).expand_as(scores)
         found = []
-        for i, (video, axis, duration_s) in enumerate(zip(batch.videos, batch.axes, batch.durations_s, strict=True)):
+        for i, video in enumerate(batch.videos):
             own = outputs.sample == i
             finite = (
-                outputs.objectness[i].isfinite().all() & scores[own].isfinite().all() & segments[own].isfinite().all()
+                outputs.objectness[i].isfinite().all(),
+                scores[own].isfinite().all(),
+                segments[own].isfinite().all(),
             )
-            if not bool(finite):
+            if not all(finite):
                 raise WeightsError(
                     f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
                     "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
                 )
-            inside = clip_segments(segments[own], *outputs.extent[i]).flatten(0, 1).double()
-            seconds = clip_segments(axis.to_seconds(inside), 0.0, duration_s)  # (P·K, 2)
-            labels = torch.arange(self.classes, device=seconds.device).repeat(int(own.sum()))
-            lasting = torch.nonzero(seconds[:, 1] > seconds[:, 0]).squeeze(1)
-            best = torch.sort(scores[own].flatten()[lasting], descending=True, stable=True)
-            keep = lasting[best.indices[: self.max_detections]]
-            found.append(Segments(video, seconds[keep], labels[keep], best.values[: self.max_detections]))
+            flat = segments[own].flatten(0, 1), labels[own].flatten(), scores[own].flatten()  # P·K each
+            found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
+        return found
+
+    @torch.no_grad()
+    def decode_proposals(self, outputs: TALNetOutputs, batch: Batch) -> list[Segments]:
+        """The first stage alone (Tables 1 and 2): the proposals with their objectness as score, all with label 0."""
+        found = []
+        for i in range(len(batch)):
+            own = outputs.sample == i
+            labels = torch.zeros_like(outputs.sample[own])
+            flat = outputs.proposals[own], labels, outputs.confidence[own].sigmoid()
+            found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
         return found
 
 
@@ -360,20 +377,3 @@ def _weights(chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """For ``chosen`` (B, N): 1 / (how many of the row are chosen · B) where chosen, else 0."""
     count = chosen.sum(1, keepdim=True).clamp(min=1)
     return chosen.to(dtype) / (count * len(chosen))
-
-
-def _truths(target: Targets, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Segments (G, 2) and labels (G,) of one video, cut to ``extent`` (2,); what has no length then is left out."""
-    segments = clip_segments(target.segments.to(extent), extent[0], extent[1])
-    keep = segments[:, 1] > segments[:, 0]
-    return segments[keep], target.labels[keep]
-
-
-def _extents(batch: Batch, rows: Tensor) -> Tensor:
-    """(B, 2) in row edges: what the rows of each sample look at with their windows, inside the video."""
-    ends = []
-    for axis, duration_s, count in zip(batch.axes, batch.durations_s, rows.tolist(), strict=True):
-        half = 0.5 * max(axis.window_s / axis.scale_s, 1.0)  # rows
-        low = max(0.5 - half, axis.to_rows(0.0))
-        ends.append((low, max(low, min(count - 0.5 + half, axis.to_rows(duration_s)))))
-    return torch.tensor(ends, dtype=torch.float64)

@@ -1,0 +1,55 @@
+"""What detectors share: checks of their arguments, the extent of a sample, and the way back to seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tad.detect.interface import Batch, Segments, Targets
+from tad.detect.segments import clip_segments
+from tad.errors import RecipeError, did_you_mean
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise :class:`RecipeError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise RecipeError(f"unknown {name} {value!r}.{did_you_mean(str(value), choices)}")
+
+
+def check_numbers(low: float, high: float, **values: float) -> None:
+    """Raise :class:`RecipeError` unless each value is in ``[low, high]``, and whole where ``low`` is an ``int``."""
+    whole = isinstance(low, int)
+    for name, value in values.items():
+        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not right_type or not low <= value <= high:
+            raise RecipeError(f"{name} must be a {'whole ' if whole else ''}number from {low} to {high}, got {value!r}")
+
+
+def truths_within(target: Targets, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments (G, 2) and labels (G,) of one video, cut to ``extent`` (2,); what has no length then is left out."""
+    segments = clip_segments(target.segments.to(extent), extent[0], extent[1])
+    keep = segments[:, 1] > segments[:, 0]
+    return segments[keep], target.labels[keep]
+
+
+def extents(batch: Batch) -> Tensor:
+    """(B, 2) in row edges: what the rows of each sample look at with their windows, inside the video."""
+    ends = []
+    for axis, duration_s, count in zip(batch.axes, batch.durations_s, batch.mask.sum(1).tolist(), strict=True):
+        half = 0.5 * max(axis.window_s / axis.scale_s, 1.0)  # rows
+        low = max(0.5 - half, axis.to_rows(0.0))
+        ends.append((low, max(low, min(count - 0.5 + half, axis.to_rows(duration_s)))))
+    return torch.tensor(ends, dtype=torch.float64)
+
+
+def segments_in_seconds(
+    batch: Batch, i: int, extent: Tensor, segments: Tensor, labels: Tensor, scores: Tensor, *, limit: int
+) -> Segments:
+    """Segments (N, 2) in row edges of sample ``i``, inside the video, without those that last nothing, best first."""
+    inside = clip_segments(segments, extent[0], extent[1]).double()
+    seconds = clip_segments(batch.axes[i].to_seconds(inside), 0.0, batch.durations_s[i])
+    lasting = torch.nonzero(seconds[:, 1] > seconds[:, 0]).squeeze(1)
+    best = lasting[torch.argsort(scores[lasting], descending=True, stable=True)][:limit]
+    return Segments(batch.videos[i], seconds[best], labels[best], scores[best])
