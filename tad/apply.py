@@ -69,8 +69,12 @@ def detect_videos(
         )  # fmt: skip
         failed = {failure.video for failure in report.failures}
         complete = [video for video in dict.fromkeys(report.videos) if video not in failed]
-        predictions = detect(run=loaded, store=store, videos=complete, device=device, postprocess=postprocess)
-    return VideoDetections(predictions, complete, report.failures)
+        lost: list[Any] = []
+        predictions = detect(
+            run=loaded, store=store, videos=complete, device=device, postprocess=postprocess, failures=lost
+        )
+    failures = [*report.failures, *(Failure(f.video, "", list(recipes), f.error, f.message) for f in lost)]
+    return VideoDetections(predictions, complete, failures)
 
 
 def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, ExtractRecipe]:
