@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +329,7 @@ def test_one_broken_video_is_listed_and_the_rest_is_used(made: Path, tmp_path: P
 
 
 def test_memory_is_bounded_before_it_is_full(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="max_memory_gb=0.001"):
+    with pytest.raises(RecipeError, match=r"max_memory_gb=0\.001"):
         trained(made, tmp_path, RECIPE.model_copy(update={"max_memory_gb": 0.001}))
     assert not list(tmp_path.iterdir())
 
@@ -395,7 +396,6 @@ def test_recipes_come_from_names_files_and_settings(tmp_path: Path) -> None:
     [
         ({"flow": "dis"}, "reads RGB"),
         ({"backbone": "tyny"}, "Did you mean 'tiny'"),
-        ({"backbone": "i3d-rgb", "window": 4}, "at least"),
         ({"mirror": {"swing": "swign"}}, "Did you mean 'swing'"),
     ],
 )
@@ -404,3 +404,15 @@ def test_what_the_backbone_does_not_admit_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         trained(made, tmp_path, RECIPE.model_copy(update=change))
+
+
+def test_a_fixed_size_and_a_shortest_window_are_kept() -> None:
+    backbone = Oracle()
+    backbone.spec = replace(backbone.spec, any_size=False, min_frames=9)
+    recipe = FinetuneRecipe(backbone="tiny", weights="random")
+    filled, form = module.resolved(recipe, backbone)
+    assert (filled.window, filled.interval, filled.fps, filled.crop) == (16, 1, 12.5, (32, 32))
+    assert form == FORM
+    for change, message in (({"window": 8}, "at least 9 frames"), ({"crop": (32, 40)}, "32x32 only")):
+        with pytest.raises(RecipeError, match=message):
+            module.resolved(recipe.model_copy(update=change), backbone)
