@@ -329,15 +329,11 @@ def _finished(folder: Path, identity: str, *, reuse: bool, overwrite: bool) -> d
 def _write(folder: Path, backbone: nn.Module, recipe: FinetuneRecipe, metrics: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
-    about = {
-        "format": "pt",
-        "backbone": recipe.backbone,
-        "classes": json.dumps(metrics["classes"], ensure_ascii=False),
-        "recipe": recipe.model_dump_json(),
-        "tad_version": __version__,
-    }
+    about = {"backbone": recipe.backbone, "classes": metrics["classes"], "recipe": recipe.model_dump(mode="json")}
+    # one key, since safetensors writes several in an order that differs from call to call, and with it the file's hash
+    metadata = {"tad": json.dumps(about | {"tad_version": __version__}, ensure_ascii=False, sort_keys=True)}
     state = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    _replace(folder / "backbone.safetensors", lambda path: save_file(state, path, metadata=about))
+    _replace(folder / "backbone.safetensors", lambda path: save_file(state, path, metadata=metadata))
     _replace(folder / "recipe.yaml", lambda path: path.write_text(dump_yaml(recipe), encoding="utf-8"))
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
     _replace(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -257,9 +257,9 @@ def test_the_same_call_gives_the_same_weights(made: Path, folder: Path, tmp_path
 def test_extraction_reads_the_weights_and_sees_what_was_trained_on(made: Path, folder: Path, tmp_path: Path) -> None:
     checkpoint = str(folder / "backbone.safetensors")
     with safe_open(checkpoint, "pt") as file:
-        about = file.metadata()
-    assert json.loads(about["classes"]) == ["bounce", "swing"]
-    assert json.loads(about["recipe"])["window"] == 16
+        about = json.loads(file.metadata()["tad"])
+    assert about["classes"] == ["bounce", "swing"]
+    assert (about["backbone"], about["recipe"]["window"], about["recipe"]["steps"]) == ("tiny", 16, 60)
     backbone = build_backbone("tiny", weights=checkpoint)
     assert not backbone.training
     files = find_videos([made / "videos"])[:2]

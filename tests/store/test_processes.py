@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tad.errors import StoreError
 from tad.store import Store, open_store
-from tests.store.makers import SOURCE, SPEC, place_for, put, rows
+from tests.store.makers import SOURCE, SPEC, level, place_for, put, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 COUNT = 40
@@ -71,6 +72,61 @@ def test_a_killed_writer_leaves_only_whole_entries(place: str, overwrite: bool) 
         left = [path for path in Path(place).rglob("*") if path.name.endswith((".tmp", ".partial"))]
         assert left == []
     assert sound(place) == COUNT
+
+
+def killed_at_step(place: str, step: int, array: np.ndarray, overwrite: bool) -> bool:
+    """Kill a writer right before its ``step``-th change of the file system; False when it is done before that."""
+    child = os.fork()
+    if child == 0:
+        with open_store(place, "a") as store:
+            store.stream_attrs("s")
+            left = step
+
+            def hook(event: str, arguments: tuple[object, ...]) -> None:
+                nonlocal left
+                if event in CHANGES and str(arguments[0]).startswith(place):
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            store.write("s", "v", {"features": level(array)}, duration_s=1.0, source=SOURCE, overwrite=overwrite)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_writer_may_be_killed_before_any_of_its_steps(place: str, overwrite: bool) -> None:
+    old, new = rows(5, 6, seed=1), rows(300, 900, seed=2)
+    seen = []
+    for step in range(1, 100):
+        with open_store(place, "a") as store:
+            store.create_stream("s", SPEC)
+            if store.has("s", "v"):
+                store.delete("s", "v")
+            if overwrite:
+                put(store, "v", old)
+        killed = killed_at_step(place, step, new, overwrite)
+        with open_store(place, "a") as store:
+            assert store.verify(deep=True).problems == []
+            found = store["s", "v"].numpy() if store.has("s", "v") else None
+            seen.append("none" if found is None else "new" if np.array_equal(found, new) else "old")
+            if seen[-1] == "old":
+                np.testing.assert_array_equal(found, old)
+            put(store, "v", new, overwrite=True)
+            np.testing.assert_array_equal(store["s", "v"].numpy(), new)
+            store.gc(min_age_s=0)
+        if not killed:
+            break
+    assert not killed
+    assert len(seen) > 4
+    assert seen[0] == ("old" if overwrite else "none")
+    assert seen[-1] == "new"
+    order = ["old", "none", "new"] if overwrite else ["none", "new"]
+    assert seen == sorted(seen, key=order.index)  # it never goes back
 
 
 def _write_one(place: str, seed: int, start: object, failures: object) -> None:
@@ -250,6 +306,41 @@ def test_readers_never_see_a_part_while_an_entry_is_replaced(place: str) -> None
             seen += _read_some_version(store, versions)
     thread.join()
     assert seen > 0
+
+
+def test_a_read_that_is_overtaken_says_so(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same shape, replaced between two parts of one read: the rows could be of both."""
+    with open_store(place, "a") as store, open_store(place, "a") as other:
+        put(store, "v", rows(50, seed=1))
+        feature = store["s", "v"]
+        opened = store._rows(feature)
+        read = opened.read
+        monkeypatch.setattr(
+            opened, "read", lambda *ends: (put(other, "v", rows(50, seed=2), overwrite=True), read(*ends))[1]
+        )
+        with pytest.raises(StoreError, match="s/v was replaced since it was looked up"):
+            feature.numpy()
+        np.testing.assert_array_equal(store["s", "v"].numpy(), rows(50, seed=2))
+
+
+@pytest.mark.parametrize("kind", ["hdf5"], indirect=True)
+def test_an_entry_that_comes_while_store_h5_is_written_is_linked(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import h5py
+
+    with open_store(place, "a") as store, open_store(place, "a") as other:
+        put(store, "v", rows(3))
+        backend = store._backend
+        write_master = backend._write_master  # type: ignore[attr-defined]
+
+        def overtaken(found: object) -> None:
+            if not other.has("s", "w"):
+                put(other, "w", rows(4))
+            write_master(found)
+
+        monkeypatch.setattr(backend, "_write_master", overtaken)
+        store.link()
+        with h5py.File(Path(place, "store.h5")) as file:
+            assert sorted(file["s"]) == ["v", "w"]
 
 
 def _read_some_version(store: Store, versions: list[np.ndarray]) -> int:
