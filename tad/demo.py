@@ -1,8 +1,8 @@
 """The whole path on synthetic videos, in minutes on a CPU: make, train a backbone, extract, train, detect, score.
 
 Every step calls the function behind a command, and prints what to type for the same. The three subsets come from seeds
-of their own. The backbone and TAL-Net learn from ``training`` (so do the anchor scales), ``validation`` chooses
-TAL-Net's checkpoint, and nothing of ``testing`` is looked at before the last two steps.
+of their own. The backbone and TAL-Net learn from ``training``, whose actions also set the anchor scales; ``validation``
+chooses TAL-Net's checkpoint; from ``testing`` features are extracted, but nothing is learnt or chosen.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def run_demo(
 
     command = ["detect", "--store", store, "--annotations", annotations, "--subset", "testing", "--run", run]
     with steps_taken(
-        "detect", "in videos of which nothing was seen so far", _tad([*command, "-o", predictions])
+        "detect", "in videos from which nothing was learnt or chosen", _tad([*command, "-o", predictions])
     ) as outcome:
         found = detect(run=run, store=store, annotations=truth, subset="testing", device=device, progress=show)
         write_predictions(predictions, found)

@@ -165,7 +165,12 @@ def test_interrupting_leaves_what_is_complete_and_exits_with_130(tmp_path: Path)
         "1",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "s/tiny/v00/zarr.json").exists() and time.monotonic() < deadline:

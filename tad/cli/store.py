@@ -89,6 +89,7 @@ def store_gc(path: str, min_age_s: float, dry_run: bool) -> None:
     """Remove what killed writers left behind in the store at PATH; entries are never touched."""
     from tad.store import open_store
 
+    open_store(path).close()  # a mistyped path is an error, not a new store
     with open_store(path, "a") as opened:
         removed = opened.gc(dry_run=dry_run, min_age_s=min_age_s)
     for name in removed:
@@ -102,6 +103,7 @@ def store_index(path: str) -> None:
     """Write catalog.csv (and store.h5) of the store at PATH anew from its entries."""
     from tad.store import open_store
 
+    open_store(path).close()
     with open_store(path, "a") as opened:
         opened.write_catalog()
         click.echo(f"{len(opened.catalog())} arrays listed")
@@ -112,9 +114,9 @@ def store_index(path: str) -> None:
 @click.option("--store", "path", required=True, help="Folder or URL of the feature store; made when absent.")
 @click.option("--format", type=click.Choice(["zarr", "hdf5"]), help="Format of a new store.")
 @click.option("--stream", required=True, help="Name of the stream.")
-@click.option("--fps", type=float, required=True, help="Frame rate that --window and --stride count.")
-@click.option("--window", type=float, required=True, help="Frames behind one row.")
-@click.option("--stride", type=float, required=True, help="Frames from one row to the next.")
+@click.option("--fps", type=float, help="Frame rate that --window and --stride count.")
+@click.option("--window", type=float, help="Frames behind one row.")
+@click.option("--stride", type=float, help="Frames from one row to the next.")
 @click.option("--offset", type=float, default=0.0, show_default=True, help="First frame of row 0.")
 @click.option(
     "--layout", type=click.Choice(["TC", "CT"]), help="Rows x channels or channels x rows, where it is ambiguous."
@@ -139,6 +141,11 @@ def store_import(
     """
     from tad.store import import_features, open_store
 
+    lacking = [f"--{name}" for name in ("fps", "window", "stride") if o[name] is None]
+    if lacking and not o["rescaled"]:
+        raise click.UsageError(
+            f"give {', '.join(lacking)}: the time axis of features is not in their files (or --rescaled)"
+        )
     durations = None
     if annotations is not None:
         from tad.annotations import read_videos
@@ -148,6 +155,8 @@ def store_import(
     with open_store(path, "a", format=o.pop("format")) as opened:
         report = import_features(folder, opened, stream, durations=durations, **o)
         opened.write_catalog()
+    for warning in report.warnings:
+        say(f"warning: {warning}")
     for file, why in report.skipped:
         say(f"skipped {file}: {why}")
     if as_json:

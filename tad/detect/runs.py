@@ -102,9 +102,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], **about: Any) -> None:
-    """A state dict as safetensors, on the CPU; ``about`` goes into its metadata as text."""
+    """A state dict as safetensors, on the CPU; ``about`` goes into its metadata as JSON under ``tad``.
+
+    One key only: safetensors writes several in random order, and equal weights should give equal files.
+    """
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    data = save_safetensors(tensors, {key: str(value) for key, value in about.items()})
+    data = save_safetensors(tensors, {"tad": json.dumps(about, default=str)})
     write_atomic(path, lambda file: file.write(data))
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ RECIPES = [
 ]
 
 
-def run_extract(folder: str, store: str, format: str, overwrite: bool) -> None:
+def run_extract(folder: str, store: str, format: str, overwrite: bool, started: Any = None) -> None:
     import torch
 
     from tad.extract import extract
 
     torch.set_num_threads(1)
+    if started is not None:
+        started.set()
     extract(folder, store=store, recipes=RECIPES, format=format, overwrite=overwrite, batch=2)
 
 
@@ -52,8 +55,10 @@ def test_killed_extraction_never_shows_damage(tmp_path: Path, folder: Path, form
         whole_s = time.monotonic() - began
     visible, killed = [], 0
     for round_ in range(ROUNDS):
-        process = context.Process(target=run_extract, args=(str(folder), store, format, round_ % 4 != 0))
+        started = context.Event()
+        process = context.Process(target=run_extract, args=(str(folder), store, format, round_ % 4 != 0, started))
         process.start()
+        assert started.wait(timeout=120)
         process.join(timeout=float(rng.uniform(0.05, 1.0) * whole_s))
         if process.is_alive():
             assert process.pid is not None

