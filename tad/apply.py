@@ -22,10 +22,7 @@ from tad.recipe import ExtractRecipe, PostprocessRecipe
 
 @dataclass
 class VideoDetections:
-    """What :func:`detect_videos` found: a table video, start_s, end_s, label, score; the videos that were searched,
-    with
-    or without a find; those that failed.
-    """
+    """A table video, start_s, end_s, label, score; the videos that were searched, with or without a find; failures."""
 
     predictions: pd.DataFrame
     videos: list[str]
@@ -86,9 +83,10 @@ def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, Extrac
     recipes = {}
     for stream, features in run.features.items():
         spec: dict[str, Any] = features["spec"]
-        recipes[stream] = recipe_of(spec, weights="") if spec.get("imported") else recipe_of(
-            spec, weights=_find_weights(stream, spec["weights"], features.get("weights_source"), run, weights)
-        )  # fmt: skip
+        weights_file = ""  # of imported features, which recipe_of refuses
+        if not spec.get("imported"):
+            weights_file = _find_weights(stream, spec["weights"], features.get("weights_source"), run, weights)
+        recipes[stream] = recipe_of(spec, weights=weights_file)
     return recipes
 
 

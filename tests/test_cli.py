@@ -97,6 +97,8 @@ def test_failures_exit_with_three_and_are_listed(tmp_path: Path, videos: Path) -
         (["train-detector", "talnett", "--store", "s", "--annotations", __file__, "-o", "r"], 1, "talnet"),
         (["evaluate", "--annotations", __file__], 1, "test_cli.py"),
         (["detect", "--run", "absent"], 2, "absent"),
+        (["detect", "v.mp4", "--run", ".", "--subset", "x"], 2, "--subset"),
+        (["detect", "v.mp4", "--run", ".", "--weights", "x.pt"], 2, "STREAM=FILE"),
         (["nonsense"], 2, "nonsense"),
     ],
 )

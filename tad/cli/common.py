@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -56,17 +55,6 @@ def size_option(_: click.Context, __: click.Parameter, value: str | None) -> tup
     if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"'{value}' is not HEIGHTxWIDTH such as 224x224 or 256x320, nor 'full'")
     return int(parts[0]), int(parts[-1])
-
-
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several click options as one decorator, first named first shown."""
-
-    def apply(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")

@@ -100,13 +100,17 @@ def detect(
 
     if not videos and store is None:
         raise click.UsageError("name VIDEOS, or a --store whose features are searched")
+    if videos and (o["subset"] or o["annotations"]):
+        raise click.UsageError("--subset and --annotations choose videos of a store; here VIDEOS are named")
+    if wrong := [item for item in weights if "=" not in item]:
+        raise click.UsageError(f"--weights {wrong[0]}: say which stream it is of, as STREAM=FILE")
     suppression = postprocess_recipe(run, sets)
     failures: list[Any] = []
     searched: list[str] = []
     if videos:
         from tad.apply import detect_videos
 
-        given = dict(item.split("=", 1) for item in weights if "=" in item)
+        given = dict(item.split("=", 1) for item in weights)
         found = detect_videos(
             videos, run=run, store=store, weights=given, device=o["device"], postprocess=suppression, progress=progress
         )

@@ -44,6 +44,10 @@ def evaluate(
     from tad.evaluate import evaluate as score
     from tad.evaluate import table
 
+    try:
+        thresholds = tuple(float(value) for value in tiou.split(",")) if tiou else None
+    except ValueError:
+        raise click.UsageError(f"--tiou {tiou}: expected numbers separated by commas, such as 0.3,0.5,0.7") from None
     truth = read_truth(annotations)
     if o["predictions"]:
         predictions = read_predictions(o["predictions"])
@@ -54,7 +58,6 @@ def evaluate(
         predictions = from_store(run=o["run"], store=o["store"], subset=chosen, annotations=truth, device=o["device"])
     else:
         raise click.UsageError("give --predictions FILE, or --run RUN with --store S")
-    thresholds = tuple(float(value) for value in tiou.split(",")) if tiou else None
     result = score(truth, predictions, protocol=protocol, subset=subset, tiou=thresholds)
     data = result.to_dict()
     if out:

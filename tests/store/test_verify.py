@@ -299,7 +299,7 @@ def foreign(root: Path) -> Iterator[Path]:
         "s/notes.txt",
         "s/mine.tmp",
         "other/x/c.0.0",
-        "s/work/notes.txt",
+        "s/plain/notes.txt",
     ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
