@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,9 +27,8 @@ class Model(BaseModel):
 class ExtractRecipe(Model):
     """How one stream is made from videos (``tad extract``). Lengths in frames count frames of the grid at ``fps``.
 
-    ``None`` means: what the backbone declares (``window``, ``stride``, ``interval``, ``short_side``, ``crop``) or
-    the file's
-    own average rate (``fps``).
+    ``None`` means: what the backbone declares. ``fps`` "native" is each file's own average rate, which is also what
+    backbones mean that declare none.
     """
 
     backbone: str
@@ -37,12 +36,13 @@ class ExtractRecipe(Model):
     window: int | None = Field(default=None, ge=1)
     interval: int | None = Field(default=None, ge=1)
     stride: int | None = Field(default=None, ge=1)
-    fps: float | None = Field(default=None, gt=0)
+    fps: Annotated[float, Field(gt=0)] | Literal["native"] | None = None
     short_side: int | None = Field(default=None, ge=16)
     crop: tuple[int, int] | Literal["full"] | None = None
     flow: str | None = None
     levels: bool = False
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    interpolate_positions: bool = False  # let a transformer take another size or length than it was trained with
     port: str | None = None  # whose arithmetic, where implementations of the network differ; None: the checkpoint's
 
 

@@ -13,7 +13,19 @@ import tad
 PACKAGE = Path(tad.__file__).parent
 ROOT = PACKAGE.parent
 FREE = {"errors", "progress", "_version"}  # these import nothing of ours, everyone may import them
-ALL = {"annotations", "timeline", "recipe", "store", "extract", "detect", "evaluate", "synth", "apply", "demo"}
+ALL = {
+    "training",
+    "annotations",
+    "timeline",
+    "recipe",
+    "store",
+    "extract",
+    "detect",
+    "evaluate",
+    "synth",
+    "apply",
+    "demo",
+}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -24,10 +36,18 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": set(),
     "store": {"timeline"},
     "evaluate": {"annotations"},
-    "extract": {"store", "annotations", "timeline", "recipe"},
-    "detect": {"store", "annotations", "timeline", "recipe", "evaluate"},  # evaluate: checkpoints are chosen by mAP
+    "training": {"recipe"},
+    "extract": {"store", "annotations", "timeline", "recipe", "training"},
+    "detect": {
+        "store",
+        "annotations",
+        "timeline",
+        "recipe",
+        "evaluate",
+        "training",
+    },  # evaluate: checkpoints are chosen by mAP
     "synth": {"annotations"},
-    "apply": {"store", "annotations", "timeline", "recipe", "extract", "detect"},
+    "apply": {"store", "annotations", "timeline", "recipe", "extract", "detect", "training"},
     "demo": ALL - {"demo"},
     "cli": ALL,
 }

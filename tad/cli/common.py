@@ -57,6 +57,19 @@ def size_option(_: click.Context, __: click.Parameter, value: str | None) -> tup
     return int(parts[0]), int(parts[-1])
 
 
+def fps_option(_: click.Context, __: click.Parameter, value: str | None) -> float | str | None:
+    """Frames a second, or ``native``."""
+    if value is None or value == "native":
+        return value
+    try:
+        fps = float(value)
+    except ValueError:
+        fps = 0.0
+    if not 0 < fps < float("inf"):
+        raise click.BadParameter(f"'{value}' is no frame rate above 0 such as 25, nor 'native'")
+    return fps
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")
 device_option = click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda when there is one]")
 sets_option = click.option(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tad.cli.common import PARTLY, as_json, device_option, say, show, size_option
+from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show, size_option
 
 
 @click.command()
@@ -35,12 +35,18 @@ from tad.cli.common import PARTLY, as_json, device_option, say, show, size_optio
 )
 @click.option("--stride", type=click.IntRange(1), help="Frames from one row to the next.  [default: the backbone's]")
 @click.option(
-    "--fps", type=click.FloatRange(0, min_open=True), help="Frame rate of the grid.  [default: each file's own]"
+    "--fps",
+    callback=fps_option,
+    metavar="FPS|native",
+    help="Frame rate of the grid; native is each file's own.  [default: the backbone's]",
 )
 @click.option(
     "--short-side", type=click.IntRange(16), help="Scale frames to this short side.  [default: the backbone's]"
 )
 @click.option("--crop", callback=size_option, metavar="HxW|full", help="Centre crop.  [default: the backbone's]")
+@click.option(
+    "--interpolate-positions", is_flag=True, help="Let a transformer take another size or length than in its training."
+)
 @click.option("--flow", help="Optical flow for flow networks: dis, farneback.  [default: dis]")
 @click.option("--levels", is_flag=True, help="Store the last stage outputs as well (s2, s4, s8).")
 @click.option("--port", help="Whose arithmetic, where ports of a network differ.  [default: the checkpoint's]")
@@ -66,7 +72,8 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     from tad.extract import pipeline, report
     from tad.progress import progress
 
-    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision", "port")
+    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision", "port",
+            "interpolate_positions")  # fmt: skip
     recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
     common = {
         "store": o["store"],

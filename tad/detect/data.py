@@ -15,6 +15,7 @@ from tad.detect.align import Sample, read_sample
 from tad.detect.interface import Batch, LevelSpec, Targets
 from tad.store import Store
 from tad.timeline import TimeAxis
+from tad.training.rng import seeded
 
 CACHE_BYTES = 2 * 1024**3  # training sets up to this size are kept in memory, larger ones are read again every epoch
 KEEP_INSIDE = 0.5  # a truth belongs to a crop when this part of it lies inside (tIoA)
@@ -187,11 +188,6 @@ class EpochLoader:
         self.shares.epoch, self.shares.steps = epoch, list(steps)
         self.generator.manual_seed(int(seeded(self.dataset.seed, epoch, -1 & 0xFFFFFFFF).integers(2**62)))
         yield from iter(self.loader)
-
-
-def seeded(seed: int, *parts: int) -> np.random.Generator:
-    """A generator that depends on these numbers alone (negative seeds allowed)."""
-    return np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, *parts])
 
 
 def _seed_worker(worker: int) -> None:

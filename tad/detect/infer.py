@@ -17,7 +17,6 @@ from torch import Tensor
 from tad.annotations import Truth, read_truth
 from tad.detect.align import Sample, check_needs, read_sample
 from tad.detect.data import collate
-from tad.detect.distributed import pick_device
 from tad.detect.interface import Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress
 from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
@@ -26,6 +25,7 @@ from tad.errors import RecipeError, StoreError, WeightsError
 from tad.progress import ProgressFactory, silent
 from tad.recipe import PostprocessRecipe
 from tad.store import Store, open_store
+from tad.training.distributed import pick_device
 
 logger = logging.getLogger("tad.detect")
 COLUMNS = ["video", "start_s", "end_s", "label", "score"]

@@ -16,10 +16,8 @@ from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs, feature_of, read_sample
 from tad.detect.data import EpochLoader, VideoDataset, epoch_steps
 from tad.detect.detectors import DETECTORS, build_detector
-from tad.detect.distributed import World, world
 from tad.detect.infer import check_same_features, decoded, suppressed_table
 from tad.detect.interface import LevelSpec, Segments
-from tad.detect.optim import check_training, lr_factor, set_lr
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
 from tad.detect.runs import (
     Run,
@@ -39,12 +37,15 @@ from tad.detect.runs import (
     write_text,
     write_weights,
 )
-from tad.detect.trainer import Trainer, seed_all
+from tad.detect.trainer import Trainer
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
 from tad.recipe import DetectRecipe
 from tad.store import Store, open_store
+from tad.training.distributed import World, world
+from tad.training.optim import check_training, lr_factor, set_lr
+from tad.training.rng import seed_all
 
 logger = logging.getLogger("tad.detect")
 TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # whose average mAP on the held-out videos chooses the checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from tad.detect.data import Step, seeded
-from tad.detect.distributed import World
+from tad.detect.data import Step
 from tad.detect.interface import Batch, Detector
-from tad.detect.optim import AveragedWeights, build_optimizer
 from tad.errors import TadError
 from tad.recipe import TrainRecipe
+from tad.training.distributed import World
+from tad.training.optim import AveragedWeights, build_optimizer
+from tad.training.rng import random_state, seed_all, set_random_state
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -109,31 +109,3 @@ class Trainer:
             set_random_state(state["random"][self.processes.rank])
         else:  # other numbers are drawn from here on, but not the same ones in every process
             seed_all(int(state["random"][0]["torch"].sum()), self.processes.rank)
-
-
-def seed_all(seed: int, *parts: int) -> None:
-    """Seed python's, NumPy's and torch's global generators; ``parts`` other than 0 give each process its own stream."""
-    drawn = seeded(seed, *[part for part in parts if part])
-    random.seed(int(drawn.integers(2**63)))
-    np.random.seed(int(drawn.integers(2**32)))  # noqa: NPY002 - a detector may draw from the global generator
-    torch.manual_seed(int(drawn.integers(2**63)))
-
-
-def random_state() -> dict[str, Any]:
-    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - see seed_all
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    numpy = state["numpy"]
-    key = np.array(numpy["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})  # noqa: NPY002 - see seed_all
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

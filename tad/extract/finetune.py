@@ -39,7 +39,8 @@ from tad.extract.backbones.base import Backbone
 from tad.extract.clips import ClipFormat, ClipSampler, VideoClips, mirror_index, read_clips
 from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.snippets import SnippetPlan
-from tad.extract.video import Geometry, source_of
+from tad.extract.streams import geometry_of
+from tad.extract.video import source_of
 from tad.progress import ProgressFactory, silent
 from tad.recipe import Model, apply_sets, dump_yaml, load_mapping, validated
 
@@ -182,13 +183,11 @@ def resolved(recipe: FinetuneRecipe, backbone: Backbone) -> tuple[FinetuneRecipe
     """
     spec = backbone.spec
     snippets = SnippetPlan(recipe.window or spec.window, recipe.interval or spec.interval, spec.stride)
-    geometry = Geometry(recipe.short_side or spec.short_side, recipe.crop or spec.crop)
+    geometry = geometry_of(spec, recipe.short_side, recipe.crop)
     if recipe.flow is not None and spec.modality == "rgb":
         raise RecipeError(f"flow {recipe.flow}: {spec.name} reads RGB frames, not optical flow")
     if snippets.window < spec.min_frames:
         raise RecipeError(f"{spec.name} needs windows of at least {spec.min_frames} frames, got {snippets.window}")
-    if not spec.any_size and geometry.crop != spec.crop:
-        raise RecipeError(f"{spec.name} takes frames of {spec.crop[0]}x{spec.crop[1]} only, got {geometry.crop}")
     flow = (recipe.flow or "dis") if spec.modality == "flow" else None
     form = ClipFormat(snippets, recipe.fps or spec.fps, geometry, flow)
     filled = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from tad._version import __version__
 from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.extract.backbones import BACKBONES, GROUPS, build_backbone
-from tad.extract.backbones.base import Backbone
+from tad.extract.backbones.base import Backbone, BackboneSpec
 from tad.extract.flow import FlowEstimator, build_flow
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry
@@ -89,9 +89,14 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
     plan = SnippetPlan(recipe.window or spec.window, recipe.interval or spec.interval, recipe.stride or spec.stride)
     if plan.window < spec.min_frames:
         raise RecipeError(f"{spec.name} needs windows of at least {spec.min_frames} frames, got --window {plan.window}")
-    crop = None if recipe.crop == "full" else (recipe.crop or spec.crop)
-    if not spec.any_size and crop != spec.crop:
-        raise RecipeError(f"{spec.name} takes frames of {spec.crop[0]}x{spec.crop[1]} only, got --crop {recipe.crop}")
+    backbone.interpolate_positions = recipe.interpolate_positions
+    if not (spec.any_length or recipe.interpolate_positions) and plan.window != spec.frames:
+        raise RecipeError(
+            f"{spec.name} takes windows of {spec.frames} frames only, got --window {plan.window}; with "
+            "--interpolate-positions its position embeddings are interpolated"
+        )
+    geometry = geometry_of(spec, recipe.short_side, recipe.crop, interpolate=recipe.interpolate_positions)
+    fps = spec.grid_fps if recipe.fps is None else None if recipe.fps == "native" else recipe.fps
     if recipe.flow is not None and spec.modality == "rgb":
         raise RecipeError(f"--flow {recipe.flow}: {spec.name} reads RGB frames, not optical flow")
     levels = {level: info.stride for level, info in spec.levels.items()} if recipe.levels else {}
@@ -100,28 +105,57 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
     for level, stride in levels.items():
         plan.check_level(level, stride)
     flow = build_flow(recipe.flow or "dis") if spec.modality == "flow" else None
-    short_side = recipe.short_side or spec.short_side
+    crop = "full" if geometry.crop is None else list(geometry.crop)
+    # what a stream does not have is left out, so that its fingerprint stays what it was before there was such a thing
+    special: dict[str, Any] = {}
+    if geometry.resize is not None:
+        special["resize"] = list(geometry.resize)
+    if recipe.interpolate_positions:
+        special["positions"] = "interpolated"
     described: dict[str, Any] = {
         "backbone": spec.name,
         "variant": backbone.variant,
         "weights": backbone.weights_id,
-        "fps": recipe.fps,
+        "fps": fps,
         "window": plan.window,
         "interval": plan.interval,
         "stride": plan.stride,
-        "short_side": short_side,
-        "crop": "full" if crop is None else list(crop),
+        "short_side": geometry.short_side,
+        "crop": crop,
         "flow": None if flow is None else {"name": flow.name, **flow.params},
         "levels": levels,
         "precision": recipe.precision,
         "preprocessing": {"value_range": list(spec.value_range), "mean": list(spec.mean), "std": list(spec.std)},
         "extractor": EXTRACTOR,
+        **special,
     }
     is_random = str(backbone.weights_id).startswith("random")
     source = recipe.weights if is_random else str(Path(recipe.weights).expanduser().resolve())
     info = {"weights_source": source, "tad_version": __version__}
-    geometry = Geometry(short_side, crop)
-    return Stream(name or spec.name, recipe, backbone, plan, geometry, recipe.fps, flow, levels, described, info)
+    return Stream(name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, described, info)
+
+
+def geometry_of(
+    spec: BackboneSpec,
+    short_side: int | None,
+    crop: tuple[int, int] | Literal["full"] | None,
+    *,
+    interpolate: bool = False,
+) -> Geometry:
+    """Sizes for the frames of a backbone: what is asked for, else what it declares.
+
+    A backbone that scales frames to an exact size (``spec.resize``) does so only where nothing else is asked for.
+    Raises :class:`RecipeError` for another size than a network with fixed positions admits, unless ``interpolate``.
+    """
+    cut = None if crop == "full" else (crop or spec.crop)
+    if not (spec.any_size or interpolate) and cut != spec.crop:
+        raise RecipeError(
+            f"{spec.name} takes frames of {spec.crop[0]}x{spec.crop[1]} only, got --crop "
+            f"{'full' if cut is None else f'{cut[0]}x{cut[1]}'}; with --interpolate-positions its position embeddings "
+            "are interpolated"
+        )
+    resize = spec.resize if short_side is None and crop is None else None
+    return Geometry(short_side or spec.short_side, cut, resize)
 
 
 def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
@@ -144,9 +178,10 @@ def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
         window=spec["window"],
         interval=spec["interval"],
         stride=spec["stride"],
-        fps=spec["fps"],
-        short_side=spec["short_side"],
-        crop=spec["crop"] if spec["crop"] == "full" else tuple(spec["crop"]),
+        fps=spec["fps"] or "native",
+        short_side=None if "resize" in spec else spec["short_side"],
+        crop=None if "resize" in spec else "full" if spec["crop"] == "full" else tuple(spec["crop"]),
+        interpolate_positions=spec.get("positions") == "interpolated",
         flow=None if flow is None else flow["name"],
         levels=bool(spec["levels"]),
         precision=spec["precision"],

@@ -87,18 +87,29 @@ class Geometry:
 
     A crop that does not fit (a portrait video and 256x320) scales the frame up further until it is covered, so that no
     border is ever made up. Both sides are scaled by one factor and rounded to the nearest pixel, halves up: 640x360
-    with a short side of 256 becomes 455x256. Pixels are taken as square. Raises :class:`RecipeError` for sizes below 1.
+    with a short side of 256 becomes 455x256. Pixels are taken as square. With ``resize`` (height, width) frames are
+    scaled to exactly that instead, whatever their aspect. Raises :class:`RecipeError` for sizes below 1, and for a crop
+    larger than ``resize``.
     """
 
     short_side: int
     crop: tuple[int, int] | None
+    resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.resize is not None:
+            cut = self.crop or self.resize
+            if not all(1 <= part <= whole for part, whole in zip(cut, self.resize, strict=True)):
+                raise RecipeError(f"a crop of {cut} pixels does not fit into frames of {self.resize}")
         if self.short_side < 1 or (self.crop is not None and min(self.crop) < 1):
             raise RecipeError(f"short side {self.short_side} and crop {self.crop} must be at least 1 pixel")
 
     def plan(self, height: int, width: int) -> Plan:
         """The plan for frames of ``height`` x ``width`` pixels."""
+        if self.resize is not None:
+            tall, wide = self.resize
+            cut_tall, cut_wide = self.crop or self.resize
+            return Plan((tall, wide), (tall - cut_tall) // 2, (wide - cut_wide) // 2, cut_tall, cut_wide)
         scale = Fraction(self.short_side, min(height, width))
         if self.crop is not None:
             scale = max(scale, Fraction(self.crop[0], height), Fraction(self.crop[1], width))

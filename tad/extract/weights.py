@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,15 @@ class Layout:
     family : a key of ``FAMILIES``.
     arguments : the file's tensors → keyword arguments of the network, read off their shapes (``classes``, depths, ...).
     rename : a tensor's name in the file → its name in our module; ``None`` where it has no place there on purpose.
+    spec : fields of the network's spec that are others for files of this family (``mean``, ``frames``, ...).
+    convert : the renamed tensors → those of our module, where a name alone is not enough (such as fused qkv matrices).
     """
 
     family: str
     arguments: Callable[[State], dict[str, Any]]
     rename: Callable[[str], str | None] = str
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
 def family_of(keys: Collection[str]) -> str | None:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tad.annotations import read_truth
 from tad.detect import Run, detect, train_detector
 from tad.detect.data import epoch_steps
-from tad.detect.optim import AveragedWeights, build_optimizer, lr_factor
 from tad.detect.runs import read_state, read_weights
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.recipe import DetectRecipe, TrainRecipe, load_mapping, validated
 from tad.store import Level, open_store
+from tad.training.optim import AveragedWeights, build_optimizer, lr_factor
 from tests.detect.toydetector import AXIS, Toy, make_world, toy_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -252,7 +252,7 @@ def test_one_step_equals_plain_torch(world: tuple[Path, Path], tmp_path: Path) -
     train(world, tmp_path / "run", recipe)
     run = Run.load(tmp_path / "run")
     state = read_state(tmp_path / "run" / "resume.pt")
-    from tad.detect.trainer import seed_all
+    from tad.training.rng import seed_all
 
     seed_all(recipe.seed)
     model = Toy(channels=run.channels, classes=3, norm=True)

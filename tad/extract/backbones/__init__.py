@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class Entry:
 BACKBONES: dict[str, Entry] = {
     "i3d-rgb": Entry(i3d.I3D, {"in_channels": 3}, i3d.RGB, i3d.LAYOUTS, tuple(i3d.PORTS)),
     "i3d-flow": Entry(i3d.I3D, {"in_channels": 2}, i3d.FLOW, i3d.LAYOUTS, tuple(i3d.PORTS)),
+    # SlowFast
+    # Slow, I3D and C2D on ResNet-50
+    # CSN
+    # R(2+1)D, R3D, MC3
+    # TSM, TSN
+    # transformers
+    # ours
     "tiny": Entry(tiny.Tiny3D, {"modality": "rgb"}, tiny.RGB, tiny.LAYOUTS),
     "tiny-flow": Entry(tiny.Tiny3D, {"modality": "flow"}, tiny.FLOW, tiny.LAYOUTS),
 }
@@ -131,7 +138,8 @@ def _load(
     name = name or next(iter(fits))
     layout, arguments = fits[name]
     backbone = BACKBONES[name].build(**{**BACKBONES[name].arguments, **arguments, **_port(name, port)})
-    files.load_into(backbone, files.renamed(state, layout.rename, where=where), where=where)
+    files.load_into(backbone, layout.convert(files.renamed(state, layout.rename, where=where)), where=where)
+    backbone.spec = replace(backbone.spec, **layout.spec)
     return _tagged(backbone, f"sha256:{sha256}")
 
 

@@ -25,14 +25,19 @@ class BackboneSpec:
     ----------
     frames, interval : frames of a training clip, and how many frames apart they lie.
     fps : frame rate of training; ``None`` where it was each file's own.
+    grid_fps : frame rate that extraction takes unless told otherwise; ``None``: each file's own.
     modality : ``rgb`` (3 channels) or ``flow`` (2 channels, x then y).
     short_side, crop : frames are scaled so that the short side has this many pixels, then cut (height, width) at the
     centre.
+    resize : (height, width) that frames are scaled to instead, whatever their aspect; then cut likewise.
+    channel_order : of the colours, as the network takes them; tad's frames are RGB.
     value_range : where uint8 0…255 is mapped to before ``mean`` and ``std`` (per channel) apply.
     width : channels of ``features``.
     levels : stage outputs by name (``s2`` = one position every 2 frames).
     window, stride : the snippet that extraction takes unless told otherwise, in frames.
-    any_size : whether other heights and widths than ``crop`` are admitted (fully convolutional).
+    any_size : whether other heights and widths than ``crop`` are admitted (fully convolutional); where not, position
+    embeddings can be interpolated on request.
+    any_length : whether other numbers of frames than ``frames`` are admitted; where not, the same.
     min_frames : shortest clip that the network admits.
     """
 
@@ -52,19 +57,25 @@ class BackboneSpec:
     levels: dict[str, LevelInfo] = field(default_factory=dict)
     any_size: bool = True
     min_frames: int = 1
+    grid_fps: float | None = None
+    resize: tuple[int, int] | None = None
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    any_length: bool = True
 
 
 class Backbone(nn.Module):
     """Base class: subclasses set ``spec`` and define ``forward``.
 
     ``weights_id`` says which weights it has: ``sha256:<hex>`` of a file or state dict, ``random:<seed>``, ``None``
-    for weights
-    that the caller looks after. ``variant`` names the arithmetic where a network has several (see the network's file).
+    for weights that the caller looks after. ``variant`` names the arithmetic where a network has several (see the
+    network's file). ``interpolate_positions`` is set by whoever wants a transformer to take clips of another size or
+    length than it was trained with; without it such clips are refused.
     """
 
     spec: BackboneSpec
     weights_id: str | None = None
     variant: str | None = None
+    interpolate_positions: bool = False
 
     def forward(self, clips: Tensor, *, levels: bool = False) -> dict[str, Tensor]:
         """Normalised clips (B, C, T, H, W) → ``{"features": (B, D)}``, with ``levels`` also the stage maps (B, C,
@@ -85,5 +96,7 @@ class Backbone(nn.Module):
             device=clips.device,
             dtype=dtype,
         )
+        if self.spec.channel_order == "bgr":
+            clips = clips.flip(1)
         shape = (1, -1, 1, 1, 1)
         return clips.to(dtype) * scale.view(shape) + shift.view(shape)
