@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tad.errors import RecipeError
+from tad.extract.backbones.layers import ConvNorm
+
 
 @dataclass(frozen=True)
 class LevelInfo:
@@ -83,9 +86,51 @@ class Backbone(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (B, D) → logits (B, classes) of the classifier that came with the weights; dropout in training.
+
+        Raises
+        ------
+        RecipeError : there is none.
+        """
+        raise RecipeError(f"{self.spec.name} has no classifier: its weights held none, or classes=None was given")
+
     def fuse(self) -> Backbone:
-        """Fold what can be folded for inference, in place; the outputs stay the same to rounding."""
+        """Fold what can be folded for inference (batch norms into convolutions), in place; the outputs stay the same
+        to rounding. To be called after the weights are loaded: the state dict is another one afterwards.
+
+        Raises
+        ------
+        RecipeError : in training mode.
+        """
+        if self.training:
+            raise RecipeError("fuse() is for inference: call eval() first")
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fuse()
         return self
+
+    def check(self, clips: Tensor, *, min_size: int = 1) -> None:
+        """Raise :class:`RecipeError` for clips that are no normalised (B, C, T, H, W), too short or too small, or of
+        another size or length than a network with fixed positions takes.
+        """
+        spec, channels = self.spec, len(self.spec.mean)
+        if clips.ndim != 5 or clips.shape[1] != channels:
+            raise RecipeError(f"{spec.name} takes clips (B, {channels}, T, H, W), got {tuple(clips.shape)}")
+        if not clips.is_floating_point():
+            raise RecipeError(f"{spec.name} takes normalised clips, got {clips.dtype}: call normalise(clips) first")
+        frames, height, width = clips.shape[2:]
+        if frames < spec.min_frames or min(height, width) < min_size:
+            raise RecipeError(
+                f"{spec.name} needs at least {spec.min_frames} frames of {min_size}x{min_size}, got {tuple(clips.shape)}"
+            )
+        wrong_size = not spec.any_size and (height, width) != spec.crop
+        wrong_length = not spec.any_length and frames != spec.frames
+        if (wrong_size or wrong_length) and not self.interpolate_positions:
+            raise RecipeError(
+                f"{spec.name} has positions for {spec.frames} frames of {spec.crop[0]}x{spec.crop[1]}, got clips of "
+                f"{frames} frames of {height}x{width}; set interpolate_positions to have them interpolated"
+            )
 
     def normalise(self, clips: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 clips (B, C, T, H, W) → what ``forward`` takes: value range first, then mean and std per channel."""
