@@ -122,7 +122,8 @@ class Backbone(nn.Module):
         frames, height, width = clips.shape[2:]
         if frames < spec.min_frames or min(height, width) < min_size:
             raise RecipeError(
-                f"{spec.name} needs at least {spec.min_frames} frames of {min_size}x{min_size}, got {tuple(clips.shape)}"
+                f"{spec.name} needs at least {spec.min_frames} frames of {min_size}x{min_size}, got clips "
+                f"{tuple(clips.shape)}"
             )
         wrong_size = not spec.any_size and (height, width) != spec.crop
         wrong_length = not spec.any_length and frames != spec.frames
