@@ -15,6 +15,8 @@ ROOT = PACKAGE.parent
 FREE = {"errors", "progress", "_version"}  # these import nothing of ours, everyone may import them
 ALL = {
     "training",
+    "exchange",
+    "doctor",
     "annotations",
     "timeline",
     "recipe",
@@ -37,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"timeline"},
     "evaluate": {"annotations"},
     "training": {"recipe"},
+    "exchange": {"annotations"},
     "extract": {"store", "annotations", "timeline", "recipe", "training"},
     "detect": {
         "store",
@@ -48,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     },  # evaluate: checkpoints are chosen by mAP
     "synth": {"annotations"},
     "apply": {"store", "annotations", "timeline", "recipe", "extract", "detect", "training"},
+    "doctor": {"store", "annotations", "extract", "detect"},
     "demo": ALL - {"demo"},
     "cli": ALL,
 }

@@ -11,11 +11,13 @@ import click
 from tad._version import __version__
 from tad.cli.common import TadGroup
 from tad.cli.detection import detect, train_detector
+from tad.cli.doctor import doctor
+from tad.cli.exchange import convert
 from tad.cli.extract import extract
 from tad.cli.scores import demo, evaluate
 from tad.cli.store import store
 
-COMMANDS = (extract, store, train_detector, detect, evaluate, demo)
+COMMANDS = (extract, store, train_detector, detect, evaluate, convert, doctor, demo)
 
 
 @click.group(cls=TadGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
