@@ -15,6 +15,7 @@ from typing import Any
 
 from tad.errors import AnnotationError
 
+LIMIT_S = 1e300  # sums of times beyond this overflow; no video has them
 SHOWN = 5  # problems that an error spells out; the rest is counted
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tad.annotations._files import (
+    LIMIT_S,
     Problems,
     as_number,
     bad_text,
@@ -258,6 +259,9 @@ def _floats(values: Sequence[object], name: str, where: Callable[[int], str], pr
         numbers = np.array([np.nan if number is None else number for number in parsed], dtype=np.float64)
     for row in np.flatnonzero(~np.isfinite(numbers)):
         problems.add(where(int(row)), f"{name} must be a finite number, got {shown(values[int(row)])}")
+    if name in _TIMES.values():
+        for row in np.flatnonzero(np.isfinite(numbers) & (np.abs(numbers) > LIMIT_S)):
+            problems.add(where(int(row)), f"{name} is no time in a video: {shown(values[int(row)])} s")
     return numbers
 
 

@@ -12,7 +12,17 @@ from typing import Literal, TypedDict, Unpack, get_args
 import pandas as pd
 
 from tad.annotations import _thumos14
-from tad.annotations._files import Problems, as_number, bad_text, is_json, parse_csv, parse_json, read_text, shown
+from tad.annotations._files import (
+    LIMIT_S,
+    Problems,
+    as_number,
+    bad_text,
+    is_json,
+    parse_csv,
+    parse_json,
+    read_text,
+    shown,
+)
 from tad.annotations._layouts import Raw, RawSegment, raw_from_csv, raw_from_json
 from tad.annotations._videos import KnownVideo, VideoSource, read_companions
 from tad.errors import AnnotationError, did_you_mean
@@ -275,6 +285,8 @@ def _times(segment: RawSegment, problems: Problems) -> tuple[float, float] | Non
         problems.add(place, f"end must be a finite number of seconds, got {shown(segment.end)}")
     elif start < 0:
         problems.add(place, f"start {start!r} s is negative; times count from the beginning of the video")
+    elif end > LIMIT_S:
+        problems.add(place, f"end {end!r} s is no time in a video")
     elif end < start:
         problems.add(place, f"end {end!r} s lies before start {start!r} s; swap or correct them")
     else:
