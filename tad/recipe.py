@@ -80,11 +80,23 @@ class TrainRecipe(Model):
 
 
 class PostprocessRecipe(Model):
-    """Suppression of decoded segments, per video and class unless ``class_agnostic``."""
+    """Suppression of decoded segments, per video and class unless ``class_agnostic``.
+
+    ``soft_nms`` multiplies the scores of rivals by a factor (``decay``): ``exp(-tIoU ** power / sigma)``, ``1 - tIoU``
+    or 0. Rivals are those with tIoU of at least ``soft_tiou``; with ``soft_tiou_high`` the threshold grows to it with
+    the share of its video that the kept segment fills.
+    """
 
     method: Literal["nms", "soft_nms", "none"] = "nms"
     tiou: float = Field(default=0.7, ge=0, le=1)
     sigma: float = Field(default=0.5, gt=0)
+    decay: Literal["gaussian", "linear", "hard"] = "gaussian"
+    power: float = Field(default=2.0, gt=0)
+    soft_tiou: float = Field(default=0.0, ge=0, le=1)
+    soft_tiou_high: float | None = Field(default=None, ge=0, le=2)
+    voting: float | None = Field(default=None, gt=0, le=1)  # from this tIoU on, suppressed segments move the kept ones
+    voting_by_tiou: bool = True  # their weight is score times tIoU, else the score alone
+    min_length_s: float = Field(default=0.0, ge=0)  # shorter segments are left out
     min_score: float = Field(default=1e-3, ge=0)
     max_segments: int = Field(default=200, ge=1)
     pre_topk: int = Field(default=2000, ge=1)

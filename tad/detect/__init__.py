@@ -6,9 +6,10 @@
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.infer import detect, resuppress
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
-from tad.detect.postprocess import nms, soft_nms, suppress
+from tad.detect.postprocess import suppress, suppress_all
 from tad.detect.preflight import Failure
 from tad.detect.runs import Run
+from tad.detect.suppression import nms, soft_nms, vote
 from tad.detect.train import train_detector
 
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "resuppress",
     "soft_nms",
     "suppress",
+    "suppress_all",
     "train_detector",
+    "vote",
 ]

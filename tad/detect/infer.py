@@ -18,7 +18,7 @@ from tad.annotations import Truth, read_truth
 from tad.detect.align import Sample, check_needs, read_sample
 from tad.detect.data import collate
 from tad.detect.interface import Detector, LevelSpec, Segments
-from tad.detect.postprocess import suppress
+from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
 from tad.detect.runs import Run, describe_differences, differing_keys, write_atomic
 from tad.errors import RecipeError, StoreError, WeightsError
@@ -153,12 +153,12 @@ def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.devi
         return []
     batch = batch.to(device)
     result = []
-    for found in detector.decode(detector(batch), batch):
+    for found, duration_s in zip(detector.decode(detector(batch), batch), batch.durations_s, strict=True):
         if not (torch.isfinite(found.segments_s).all() and torch.isfinite(found.scores).all()):
             raise WeightsError(f"video {found.video}: the detector's output is not finite; have its weights diverged?")
         extra = {name: value.float().cpu() for name, value in found.extra.items()}
         segments_s, labels, scores = found.segments_s.float(), found.labels.long(), found.scores.float()
-        result.append(Segments(found.video, segments_s.cpu(), labels.cpu(), scores.cpu(), extra))
+        result.append(Segments(found.video, segments_s.cpu(), labels.cpu(), scores.cpu(), extra, duration_s))
     return result
 
 
@@ -177,7 +177,7 @@ def decoded_or_lost(
 
 def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, classes: Sequence[str]) -> pd.DataFrame:
     """Segments of many videos after suppression, as a table of predictions."""
-    kept = [suppress(segments, postprocess) for segments in raw]
+    kept = suppress_all(raw, postprocess)
     names = np.array(classes, dtype=object)
     segments_s = _joined([s.segments_s for s in kept], torch.zeros(0, 2)).numpy().astype(np.float64)  # (N, 2)
     table = pd.DataFrame(
@@ -197,12 +197,13 @@ def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, cl
 def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> None:
     """Write decoded segments as one ``.npz``.
 
-    ``videos`` and ``classes`` are names; ``video`` (N,) and ``labels`` (N,) index them; ``segments`` (N, 2) seconds,
-    ``scores`` (N,), and ``extra/<name>`` of what all videos have.
+    ``videos`` and ``classes`` are names, ``durations`` the videos' lengths in seconds; ``video`` (N,) and ``labels``
+    (N,) index them; ``segments`` (N, 2) seconds, ``scores`` (N,), and ``extra/<name>`` of what all videos have.
     """
     extras = set.intersection(*[set(s.extra) for s in raw]) if raw else set()
     arrays: dict[str, Any] = {
         "videos": np.array([s.video for s in raw], dtype=str),
+        "durations": np.array([s.duration_s for s in raw], dtype=np.float64),
         "classes": np.array(classes, dtype=str),
         "video": np.repeat(np.arange(len(raw), dtype=np.int32), [len(s) for s in raw]),
         "segments": _joined([s.segments_s for s in raw], torch.zeros(0, 2)).numpy(),
@@ -220,13 +221,14 @@ def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
             data = {name: file[name] for name in file.files}
         videos, classes = data["videos"].tolist(), data["classes"].tolist()
         bounds = np.searchsorted(data["video"], np.arange(len(videos) + 1))
+        durations = data.pop("durations", np.full(len(videos), np.nan)).tolist()  # absent in files of tad 0.1
         tensors = {name: torch.from_numpy(data[name]) for name in data if name not in ("videos", "classes", "video")}
         result = []
         for index, video in enumerate(videos):
             part = {name: value[bounds[index] : bounds[index + 1]] for name, value in tensors.items()}
             segments, labels, scores = part.pop("segments"), part.pop("labels").long(), part.pop("scores")
             extra = {name.removeprefix("extra/"): value for name, value in part.items()}
-            result.append(Segments(video, segments, labels, scores, extra))
+            result.append(Segments(video, segments, labels, scores, extra, durations[index]))
     except (OSError, ValueError, TypeError, LookupError, BadZipFile) as error:
         raise RecipeError(
             f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)"

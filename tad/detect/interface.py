@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -74,6 +75,7 @@ class Segments:
     labels: Tensor  # (N,) int64
     scores: Tensor  # (N,)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    duration_s: float = math.nan  # of the video, where it is known
 
     def __len__(self) -> int:
         return int(self.scores.shape[0])

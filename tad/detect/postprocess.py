@@ -1,313 +1,170 @@
-"""Suppression of overlapping detections: NMS, soft-NMS and its variants, in plain torch."""
+"""From decoded segments to detections: the recipe's suppression over many videos at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tad.detect.interface import Segments
-from tad.detect.segments import paired_tiou, segment_tiou
+from tad.detect.suppression import nms, soft_nms, vote
+from tad.errors import RecipeError
 from tad.recipe import PostprocessRecipe
 
-Decay = Literal["gaussian", "linear", "hard"]
-BLOCK = 128  # candidates that one step of nms() settles together
-SIDE_BY_SIDE = 2**16  # candidates, padding included, that one pass of soft_nms() works on when there are many labels
-TABLE = 2**19  # up to this many pairs soft_nms() computes all decay ahead; above that, of the segments put out only
-
-
-def nms(
-    segments: Tensor,
-    scores: Tensor,
-    labels: Tensor | None = None,
-    *,
-    tiou: float = 0.7,
-    max_segments: int | None = None,
-) -> Tensor:
-    """Greedy non-maximum suppression: the best-scored segment stays and removes every other one with tIoU ≥ ``tiou``.
-
-    Parameters
-    ----------
-    segments : (N, 2) start and end, any unit.
-    scores : (N,); equal scores rank by their place in the input.
-    labels : (N,) integers; a segment then removes only segments of its own label. None: all of them.
-    max_segments : keep at most this many, over all labels.
-
-    Returns
-    -------
-    (K,) int64 indices of what stays, by falling score: exactly the greedy result.
-
-    Raises
-    ------
-    ValueError : shapes that do not fit, NaN scores, segments that are not finite.
-    """
-    segments, scores = _checked(segments, scores, labels)
-    order = torch.argsort(scores, descending=True, stable=True)  # (N,)
-    if labels is not None:  # label by label, each by falling score: a block then compares little but its own label
-        order = order[torch.argsort(labels[order], stable=True)]
-    kept = order[_greedy(segments[order], None if labels is None else labels[order], tiou, max_segments)]
-    if labels is not None:
-        kept = _by_score(kept, scores)
-    return kept[:max_segments]
-
-
-def _by_score(indices: Tensor, scores: Tensor) -> Tensor:
-    indices = indices.sort().values
-    return indices[torch.argsort(scores[indices], descending=True, stable=True)]
-
-
-def _greedy(segments: Tensor, labels: Tensor | None, tiou: float, limit: int | None) -> Tensor:
-    """Positions that greedy NMS keeps of ``segments`` (N, 2), which are sorted by label, then falling score.
-
-    ``limit`` (over all labels) may be overshot.
-    """
-    ends = segments.t().contiguous()  # (2, N): arithmetic on every second number is slow
-    everyone = torch.arange(len(segments), device=segments.device)
-    if labels is not None or limit is None:
-        return _greedy_window(ends, labels, everyone, tiou, None)
-    kept = everyone[:0]
-    for window in everyone.split(max(4 * limit, BLOCK)):  # the limit is mostly reached long before the last candidate
-        window = window[~_removed(ends, kept, window, tiou)]
-        kept = torch.cat((kept, _greedy_window(ends, None, window, tiou, limit - len(kept))))
-        if len(kept) >= limit:
-            break
-    return kept
-
-
-def _greedy_window(ends: Tensor, labels: Tensor | None, alive: Tensor, tiou: float, limit: int | None) -> Tensor:
-    kept = [alive[:0]]
-    count = 0
-    while len(alive) and (limit is None or count < limit):
-        head, tail = alive[:BLOCK], alive[BLOCK:]
-        rivals = segment_tiou(ends[:, head].t(), ends[:, head].t()) >= tiou
-        if labels is not None:
-            rivals &= labels[head][:, None] == labels[head]
-        keep = head[_settled(rivals.triu(1))]
-        kept.append(keep)
-        count += len(keep)
-        stop = len(tail)
-        if labels is not None and stop:  # only the head's last label goes on into the tail, which begins with it
-            last = labels[head[-1]]
-            stop, keep = int(torch.searchsorted(labels[tail], last, right=True)), keep[labels[keep] == last]
-        near = tail[:stop]
-        alive = torch.cat((near[~_removed(ends, keep, near, tiou)], tail[stop:]))
-    return torch.cat(kept)
-
-
-def _removed(ends: Tensor, keep: Tensor, others: Tensor, tiou: float) -> Tensor:
-    """(M,) bool: one of ``keep`` overlaps this one of ``others`` (M,) too much; both index ``ends`` (2, N)."""
-    return (segment_tiou(ends[:, keep].t(), ends[:, others].t()) >= tiou).any(0)
-
-
-def _settled(removes: Tensor) -> Tensor:
-    """(n,) bool: who stays. Row i of ``removes`` (n, n) says whom i removes if it stays itself: only later ones.
-
-    Iterates ``stays = nobody who stays removes me`` from all-stay. After k rounds the first k are final, so the fixed
-    point is the greedy result; it is mostly reached after a handful of rounds.
-    """
-    stays = torch.ones(len(removes), dtype=torch.bool, device=removes.device)
-    while True:
-        settled = ~(removes & stays[:, None]).any(0)
-        if torch.equal(settled, stays):
-            return stays
-        stays = settled
-
-
-def soft_nms(
-    segments: Tensor,
-    scores: Tensor,
-    labels: Tensor | None = None,
-    *,
-    method: Decay = "gaussian",
-    sigma: float = 0.5,
-    tiou: float = 0.0,
-    tiou_high: float | None = None,
-    duration: float = 1.0,
-    power: float = 2.0,
-    min_score: float = 0.0,
-    max_segments: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Soft-NMS (Bodla et al., 2017): put out the best segment that is left, lower the scores of its rivals, repeat.
-
-    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is
-    multiplied by ``exp(-tIoU ** power / sigma)`` (``gaussian``) or ``1 - tIoU`` (``linear``); ``hard`` removes it.
-
-    Parameters
-    ----------
-    segments : (N, 2) start and end, any unit.
-    scores : (N,), not negative; equal scores rank by their place in the input.
-    labels : (N,) integers, or None.
-    tiou, tiou_high : the threshold is ``tiou``; with ``tiou_high`` it grows with the width of the segment put out:
-        ``tiou + (tiou_high - tiou) * width / duration`` (BMN: 0.5 and 0.9 on normalised segments; code that asks for a
-        slope means ``tiou_high - tiou``).
-    duration : the width that counts as 1 for ``tiou_high``.
-    power : of the tIoU in ``gaussian``; 2 everywhere but in TCANet, which has 2.5.
-    min_score : what falls below is dropped.
-    max_segments : put out at most this many, over all labels.
-
-    Returns
-    -------
-    (K,) int64 indices by falling new score, and (K,) the new scores.
-
-    Raises
-    ------
-    ValueError : shapes that do not fit, NaN or negative scores, segments that are not finite, an unknown ``method``.
-    """
-    if method not in ("gaussian", "linear", "hard"):
-        raise ValueError(f"soft_nms: method must be 'gaussian', 'linear' or 'hard', got {method!r}")
-    segments, scores = _checked(segments, scores, labels)
-    if len(scores) and bool((scores < 0).any()):
-        raise ValueError(
-            "soft_nms: scores must not be negative, since decay is a factor; pass probabilities, not logits"
-        )
-
-    def decay(top: Tensor, others: Tensor) -> Tensor:  # (..., 2), (..., 2) -> (...,) factors
-        overlap = paired_tiou(top, others)
-        threshold: float | Tensor = tiou
-        if tiou_high is not None:
-            threshold = tiou + (tiou_high - tiou) * (top[..., 1] - top[..., 0]) / duration
-        if method == "gaussian":
-            factor = torch.exp(-overlap.square() / sigma if power == 2 else -overlap.pow(power) / sigma)
-        elif method == "linear":
-            factor = 1 - overlap
-        else:
-            factor = torch.zeros_like(overlap)
-        if method != "hard" and tiou_high is None and tiou <= 0:
-            return factor  # where nothing overlaps, it is 1 anyway
-        return torch.where(overlap >= threshold, factor, 1.0)
-
-    min_score = max(min_score, 0.0)
-    candidates = torch.nonzero(scores >= min_score).squeeze(1)
-    candidates = candidates[torch.argsort(scores[candidates], descending=True, stable=True)]
-    found = []
-    for group in _groups(candidates, labels):  # (G, n) indices, -1 = padding
-        real = group >= 0
-        padded = group.clamp(min=0)
-        current = torch.where(real, scores[padded], -1.0)
-        limit = group.shape[1] if max_segments is None else min(max_segments, group.shape[1])
-        places, values = _decayed(
-            segments[padded], current, decay, limit=limit, min_score=min_score, removes=method == "hard"
-        )
-        out = values >= min_score
-        found.append((padded.gather(1, places)[out], values[out]))
-    if not found:
-        return candidates, scores[candidates]
-    indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = torch.argsort(indices)  # so that equal new scores rank by their place in the input
-    order = order[torch.argsort(values[order], descending=True, stable=True)][:max_segments]
-    return indices[order], values[order]
-
-
-def _groups(candidates: Tensor, labels: Tensor | None) -> list[Tensor]:
-    """``candidates`` (N,), by falling score, as index tables (G, n): a row for each label, padded with -1."""
-    if len(candidates) == 0:
-        return []
-    if labels is None:
-        return [candidates[None]]
-    by_label = candidates[torch.argsort(labels[candidates], stable=True)]
-    sizes = torch.unique_consecutive(labels[by_label], return_counts=True)[1].tolist()
-    parts = sorted(by_label.split(sizes), key=len, reverse=True)
-    tables = []
-    while parts:
-        take = max(1, SIDE_BY_SIDE // len(parts[0]))
-        tables.append(nn.utils.rnn.pad_sequence(parts[:take], batch_first=True, padding_value=-1))
-        parts = parts[take:]
-    return tables
-
-
-def _decayed(
-    segments: Tensor,
-    scores: Tensor,
-    decay: Callable[[Tensor, Tensor], Tensor],
-    *,
-    limit: int,
-    min_score: float,
-    removes: bool,
-) -> tuple[Tensor, Tensor]:
-    """Soft-NMS of G independent groups side by side: places (G, steps) in the order put out, and their scores then.
-
-    ``segments`` (G, n, 2); ``scores`` (G, n), negative where there is none; a step without candidate has a score below
-    ``min_score``.
-    """
-    groups, size = scores.shape
-    segments = segments.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # starts and ends contiguous each: twice as fast
-    rows = torch.arange(groups, device=scores.device)
-    columns = torch.arange(size, device=scores.device).expand(groups, size)
-    table = decay(segments[:, :, None], segments[:, None]) if groups * size * size <= TABLE else None  # (G, n, n)
-    gone = scores < 0
-    places, values = [], []
-    for step in range(limit):
-        best, at = scores.max(1)  # (G,)
-        if not bool((best >= min_score).any()):
-            break
-        places.append(columns[rows, at])
-        values.append(best)
-        gone[rows, at] = True
-        factor = table[rows, at] if table is not None else decay(segments[rows, at][:, None], segments)  # (G, n)
-        if removes:
-            gone |= factor == 0
-        scores = (scores * factor).masked_fill_(gone, -1.0)
-        if table is None and step % 32 == 31:  # leave out what is gone or too low for good
-            stays = scores >= min_score
-            width = int(stays.sum(1).max())
-            if width < 0.8 * scores.shape[1]:
-                left = torch.argsort(~stays, dim=1, stable=True)[:, :width]
-                columns, gone, scores = columns.gather(1, left), gone.gather(1, left), scores.gather(1, left)
-                segments = segments.gather(1, left[..., None].expand(-1, -1, 2))
-                if width == 0:
-                    break
-    if not places:
-        return columns[:, :0], scores[:, :0]
-    return torch.stack(places, 1), torch.stack(values, 1)
-
-
-def _checked(segments: Tensor, scores: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in one floating dtype of at least 32 bits, or :class:`ValueError`."""
-    count = len(scores)
-    if scores.ndim != 1 or segments.shape != (count, 2) or (labels is not None and labels.shape != (count,)):
-        shapes = f"segments {tuple(segments.shape)}, scores {tuple(scores.shape)}"
-        shapes += "" if labels is None else f", labels {tuple(labels.shape)}"
-        raise ValueError(f"suppression needs segments (N, 2), scores (N,) and labels (N,), got {shapes}")
-    if not bool(torch.isfinite(segments).all()) or bool(torch.isnan(scores).any()):
-        raise ValueError("suppression got NaN or infinite values: the detector diverged, or its features hold NaN")
-    dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
-    return segments.to(dtype), scores.to(dtype)
+TOGETHER = 2**18  # segments that are suppressed in one go
+PAIRS = 2**22  # pairs of segments that voting compares in one go
 
 
 def suppress(segments: Segments, recipe: PostprocessRecipe) -> Segments:
-    """One video's ``segments`` after ``recipe``: lowest scores out, best ``pre_topk``, suppression, ``max_segments``.
+    """One video's ``segments`` after ``recipe``; see :func:`suppress_all`."""
+    return suppress_all([segments], recipe)[0]
 
-    ``soft_nms`` is the Gaussian one with ``recipe.sigma`` on every overlap; ``recipe.tiou`` belongs to ``nms``. Both
-    work per label unless ``recipe.class_agnostic``. The result is sorted by falling score and keeps ``extra``.
+
+def suppress_all(found: Iterable[Segments], recipe: PostprocessRecipe) -> list[Segments]:
+    """Every video's segments after ``recipe``: what is too short or too low out, best ``pre_topk``, suppression,
+    voting, best ``max_segments``.
+
+    Videos and labels are suppressed side by side, without a loop over either. Each video's result is sorted by falling
+    score, keeps ``extra``, and does not depend on the other videos. Suppression is per label unless
+    ``recipe.class_agnostic``.
+
+    Raises
+    ------
+    RecipeError : a threshold that grows with the width of segments, and a video whose duration is not known.
     """
-    keep = torch.nonzero(segments.scores >= recipe.min_score).squeeze(1)
-    keep = keep[torch.argsort(segments.scores[keep], descending=True, stable=True)][: recipe.pre_topk]
-    scores = segments.scores[keep]
-    labels = None if recipe.class_agnostic else segments.labels[keep]
+    result: list[Segments] = []
+    for group in _groups(list(found)):
+        result += _suppressed(group, recipe)
+    return result
+
+
+def _groups(found: Sequence[Segments]) -> Iterator[list[Segments]]:
+    """Videos in order, as many together as have ``TOGETHER`` segments."""
+    group: list[Segments] = []
+    count = 0
+    for segments in found:
+        if group and count + len(segments) > TOGETHER:
+            yield group
+            group, count = [], 0
+        group.append(segments)
+        count += len(segments)
+    if group:
+        yield group
+
+
+def _suppressed(found: Sequence[Segments], recipe: PostprocessRecipe) -> list[Segments]:
+    places = [_candidates(segments, recipe) for segments in found]  # in each video
+    segments_s = torch.cat([s.segments_s[place] for s, place in zip(found, places, strict=True)])  # (N, 2)
+    scores = torch.cat([s.scores[place] for s, place in zip(found, places, strict=True)])  # (N,)
+    labels = torch.cat([s.labels[place] for s, place in zip(found, places, strict=True)])  # (N,)
+    sizes = torch.tensor([len(place) for place in places], device=scores.device)
+    video = torch.repeat_interleave(torch.arange(len(found), device=scores.device), sizes)  # (N,)
+    groups = _group_ids(video, labels, class_agnostic=recipe.class_agnostic)
+    chosen, new_scores = _chosen(found, segments_s, scores, video, groups, recipe)
+    moved = segments_s[chosen]
+    if recipe.voting is not None:
+        moved = _voted(moved, chosen, segments_s, scores, groups, recipe)
+    starts = torch.cumsum(sizes, 0) - sizes
+    by_video = torch.argsort(video[chosen], stable=True)
+    parts = by_video.split(torch.bincount(video[chosen], minlength=len(found)).tolist())
+    result = []
+    for number, (segments, place, part) in enumerate(zip(found, places, parts, strict=True)):
+        part = part[: recipe.max_segments]
+        own = place[chosen[part] - starts[number]]
+        extra = {name: value[own] for name, value in segments.extra.items()}
+        kept_s = moved[part].to(segments.segments_s.dtype)
+        kept_scores = new_scores[part].to(segments.scores.dtype)
+        result.append(Segments(segments.video, kept_s, segments.labels[own], kept_scores, extra, segments.duration_s))
+    return result
+
+
+def _candidates(segments: Segments, recipe: PostprocessRecipe) -> Tensor:
+    """Places of the ``pre_topk`` best-scored segments that are long and good enough, by falling score, then place."""
+    lengths = segments.segments_s[:, 1] - segments.segments_s[:, 0]
+    places = torch.nonzero((segments.scores >= recipe.min_score) & (lengths >= recipe.min_length_s)).squeeze(1)
+    if len(places) > recipe.pre_topk:  # before sorting: sorting all of them would take longer than suppression
+        scores = segments.scores[places]
+        places = places[scores >= scores.topk(recipe.pre_topk).values[-1]]
+    return places[torch.argsort(segments.scores[places], descending=True, stable=True)][: recipe.pre_topk]
+
+
+def _group_ids(video: Tensor, labels: Tensor, *, class_agnostic: bool) -> Tensor:
+    """(M,) one number for every pair of video and label (every video, if class-agnostic)."""
+    if class_agnostic or len(labels) == 0:
+        return video
+    low = labels.min()
+    return video * (labels.max() - low + 1) + (labels - low)
+
+
+def _chosen(
+    found: Sequence[Segments],
+    segments_s: Tensor,
+    scores: Tensor,
+    video: Tensor,
+    groups: Tensor,
+    recipe: PostprocessRecipe,
+) -> tuple[Tensor, Tensor]:
+    """Places that suppression leaves, by falling score, and their scores."""
     if recipe.method == "nms":
-        chosen = nms(segments.segments_s[keep], scores, labels, tiou=recipe.tiou, max_segments=recipe.max_segments)
-        scores = scores[chosen]
-    elif recipe.method == "soft_nms":
-        chosen, scores = soft_nms(
-            segments.segments_s[keep],
-            scores,
-            labels,
-            sigma=recipe.sigma,
-            min_score=recipe.min_score,
-            max_segments=recipe.max_segments,
-        )
-    else:
-        chosen, scores = (
-            torch.arange(len(keep), device=keep.device)[: recipe.max_segments],
-            scores[: recipe.max_segments],
-        )
-    keep = keep[chosen]
-    return Segments(
-        segments.video,
-        segments.segments_s[keep],
-        segments.labels[keep],
+        chosen = nms(segments_s, scores, groups, tiou=recipe.tiou)
+        return chosen, scores[chosen]
+    if recipe.method == "none":
+        chosen = torch.argsort(scores, descending=True, stable=True)
+        return chosen, scores[chosen]
+    if recipe.soft_tiou_high is not None:
+        durations = torch.tensor([s.duration_s for s in found], dtype=segments_s.dtype, device=segments_s.device)
+        unknown = [s.video for s in found if not s.duration_s > 0 and len(s)]
+        if unknown:
+            raise RecipeError(
+                f"postprocess.soft_tiou_high grows with a segment's share of its video, and the duration of "
+                f"{unknown[0]} is not known"
+            )
+        segments_s = segments_s / durations[video][:, None]
+    return soft_nms(
+        segments_s,
         scores,
-        {name: value[keep] for name, value in segments.extra.items()},
+        groups,
+        method=recipe.decay,
+        sigma=recipe.sigma,
+        tiou=recipe.soft_tiou,
+        tiou_high=recipe.soft_tiou_high,
+        power=recipe.power,
+        min_score=recipe.min_score,
+        max_per_label=recipe.max_segments,
     )
+
+
+def _voted(
+    moved: Tensor, chosen: Tensor, segments_s: Tensor, scores: Tensor, groups: Tensor, recipe: PostprocessRecipe
+) -> Tensor:
+    """Voting inside each group, groups side by side: a row of a table each, padded with segments that weigh nothing."""
+    assert recipe.voting is not None
+    if len(chosen) == 0:
+        return moved
+    ids = torch.unique(groups, return_inverse=True)[1]  # (M,) 0, 1, 2, ...
+    count = int(ids.max()) + 1
+    voters, electees = _table(ids, count), _table(ids[chosen], count)  # (G, n), (G, k); -1 = padding
+    result = moved.clone()
+    rows = max(1, PAIRS // max(1, voters.shape[1] * electees.shape[1]))
+    for voter, elected in zip(voters.split(rows), electees.split(rows), strict=True):
+        weights = torch.where(voter >= 0, scores[voter.clamp(min=0)], 0.0)  # (g, n)
+        means = vote(
+            moved[elected.clamp(min=0)],
+            segments_s[voter.clamp(min=0)],
+            weights,
+            tiou=recipe.voting,
+            by_tiou=recipe.voting_by_tiou,
+        )  # (g, k, 2)
+        result[elected[elected >= 0]] = means[elected >= 0]
+    return result
+
+
+def _table(ids: Tensor, count: int) -> Tensor:
+    """Places of every id 0 … count - 1 as rows (count, longest), padded with -1."""
+    sizes = torch.bincount(ids, minlength=count)
+    order = torch.argsort(ids, stable=True)
+    column = torch.arange(len(ids), device=ids.device) - (torch.cumsum(sizes, 0) - sizes)[ids[order]]
+    table = torch.full((count, int(sizes.max())), -1, dtype=torch.int64, device=ids.device)
+    table[ids[order], column] = order
+    return table

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tad.detect import postprocess
+from tad.detect import postprocess, suppression
 from tad.detect.interface import Segments
-from tad.detect.postprocess import nms, soft_nms, suppress
+from tad.detect.postprocess import suppress, suppress_all
+from tad.detect.suppression import nms, soft_nms, vote
+from tad.errors import RecipeError
 from tad.recipe import PostprocessRecipe
 
 
@@ -72,7 +75,8 @@ def test_nms_is_the_greedy_result(case, threshold, per_label, block):
     segments = [(min(a, b), max(a, b)) for a, b, _, _ in case]
     scores, labels = [s / 5 for _, _, s, _ in case], [k for _, _, _, k in case] if per_label else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postprocess, "BLOCK", block)
+        patch.setattr(suppression, "BLOCK", block)
+        patch.setattr(suppression, "SMALL", 4 if block == 3 else 512)
         args = torch.tensor(segments, dtype=torch.float64).reshape(-1, 2), torch.tensor(scores, dtype=torch.float64)
         tensor_labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         kept = nms(*args, tensor_labels, tiou=threshold).tolist()
@@ -109,8 +113,8 @@ def test_soft_nms_is_the_sequential_result(case, method, per_label, threshold, m
     slow = slow_soft_nms(segments, scores, labels, low=low, high=high, **options)
     with pytest.MonkeyPatch.context() as patch:
         if not ahead:
-            patch.setattr(postprocess, "TABLE", 0)  # decay of the segments put out only, and groups one by one
-            patch.setattr(postprocess, "SIDE_BY_SIDE", 0)
+            patch.setattr(suppression, "TABLE", 0)  # decay of the segments put out only, and groups one by one
+            patch.setattr(suppression, "SIDE_BY_SIDE", 0)
         args = torch.tensor(segments, dtype=torch.float64).reshape(-1, 2), torch.tensor(scores, dtype=torch.float64)
         tensor_labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         for limit in (None, 3):
@@ -124,7 +128,7 @@ def test_soft_nms_is_the_sequential_result(case, method, per_label, threshold, m
 @pytest.mark.parametrize("per_label", [False, True])
 def test_soft_nms_leaves_out_what_is_gone_on_the_way(per_label, monkeypatch):
     segments, scores, labels = random_case(1, 300)
-    monkeypatch.setattr(postprocess, "TABLE", 0)
+    monkeypatch.setattr(suppression, "TABLE", 0)
     labels = labels if per_label else None
     options = {"method": "gaussian", "sigma": 0.3, "min_score": 0.02, "power": 2.0}
     indices, values = soft_nms(segments, scores, labels, **options)
@@ -293,7 +297,7 @@ def test_every_float_type_and_no_side_effects(dtype):
 def test_twenty_thousand_segments_stay_within_memory_and_time():
     code = """
 import resource, torch
-from tad.detect.postprocess import nms, soft_nms
+from tad.detect.suppression import nms, soft_nms
 torch.set_num_threads(1)
 torch.manual_seed(0)
 start = torch.rand(20000) * 200
@@ -362,6 +366,102 @@ def test_one_segment_with_two_labels_stays_twice():
         assert suppress(both, PostprocessRecipe(method=method)).labels.tolist() == [3, 4]
 
 
+# ---- many videos at once -----------------------------------------------------------------------------------------
+def many_videos(seed=0, videos=7):
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(videos):
+        count = int(rng.integers(0, 50)) if index else 0  # the first has nothing
+        segments, scores, labels = random_case(seed + index, max(count, 1))
+        part = slice(0, count)
+        extra = {"place": torch.arange(float(count))}
+        duration_s = 100.0 + index
+        found.append(Segments(f"v{index}", duration_s * segments[part], labels[part], scores[part], extra, duration_s))
+    return found
+
+
+RECIPES = [
+    {"method": "nms", "tiou": 0.4},
+    {"method": "nms", "tiou": 0.6, "class_agnostic": True},
+    {"method": "none"},
+    {"method": "soft_nms", "sigma": 0.4},
+    {"method": "soft_nms", "decay": "linear", "soft_tiou": 0.3},
+    {"method": "soft_nms", "decay": "hard", "soft_tiou": 0.5, "class_agnostic": True},
+    {"method": "soft_nms", "sigma": 0.4, "soft_tiou": 0.25, "soft_tiou_high": 0.9, "power": 2.5},
+    {"method": "soft_nms", "sigma": 0.3, "voting": 0.7},
+    {"method": "nms", "tiou": 0.4, "voting": 0.6, "voting_by_tiou": False},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("together", [1, 2**18])
+def test_videos_side_by_side_are_videos_one_by_one(recipe, together, monkeypatch):
+    monkeypatch.setattr(postprocess, "TOGETHER", together)
+    monkeypatch.setattr(postprocess, "PAIRS", 1000)
+    recipe = PostprocessRecipe(**recipe, min_score=0.05, pre_topk=30, max_segments=9, min_length_s=0.5)
+    found = many_videos()
+    for one, both in zip(found, suppress_all(found, recipe), strict=True):
+        alone = suppress(one, recipe)
+        assert (both.video, both.duration_s) == (one.video, one.duration_s)
+        assert both.extra["place"].tolist() == alone.extra["place"].tolist()
+        assert both.labels.tolist() == alone.labels.tolist()
+        assert torch.allclose(both.scores, alone.scores, atol=1e-6)
+        assert torch.allclose(both.segments_s, alone.segments_s, atol=1e-4)
+        assert len(both) <= 9
+        lengths = one.segments_s[both.extra["place"].long()].diff(dim=1)
+        assert (lengths >= 0.5).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_suppression_is_that_of_a_plain_loop_over_videos_and_labels(recipe):
+    recipe = PostprocessRecipe(**recipe, min_score=0.05, max_segments=1000)
+    for one in many_videos(seed=3):
+        expected = []
+        for label in [None] if recipe.class_agnostic else one.labels.unique().tolist():
+            mine = torch.nonzero((one.scores >= 0.05) & (one.labels == label if label is not None else True)).squeeze(1)
+            segments, scores = one.segments_s[mine], one.scores[mine]
+            if recipe.method == "nms":
+                kept = nms(segments, scores, tiou=recipe.tiou)
+                values = scores[kept]
+            elif recipe.method == "none":
+                kept, values = torch.arange(len(mine)), scores
+            else:
+                kept, values = soft_nms(
+                    segments, scores, method=recipe.decay, sigma=recipe.sigma, tiou=recipe.soft_tiou,
+                    tiou_high=recipe.soft_tiou_high, duration=one.duration_s, power=recipe.power, min_score=0.05,
+                )  # fmt: skip
+            for index, value in zip(kept.tolist(), values.tolist(), strict=True):
+                start, end = segments[index].tolist()
+                if recipe.voting is not None:
+                    weights = []
+                    for other, score in zip(segments.tolist(), scores.tolist(), strict=True):
+                        overlap = max(0.0, min(end, other[1]) - max(start, other[0]))
+                        tiou = overlap / (end - start + other[1] - other[0] - overlap)
+                        factor = tiou if recipe.voting_by_tiou else 1.0
+                        weights.append(score * factor if tiou >= recipe.voting else 0.0)
+                    start = sum(w * s for w, (s, _) in zip(weights, segments.tolist(), strict=True)) / sum(weights)
+                    end = sum(w * e for w, (_, e) in zip(weights, segments.tolist(), strict=True)) / sum(weights)
+                expected.append((mine[index].item(), value, start, end))
+        found = suppress(one, recipe)
+        places = found.extra["place"].long().tolist()
+        rows = zip(places, found.scores.tolist(), *found.segments_s.T.tolist(), strict=True)
+        assert np.allclose(sorted(rows), sorted(expected), atol=2e-3)
+        assert sorted(places) == sorted(row[0] for row in expected)
+
+
+def test_a_growing_threshold_needs_durations():
+    one = Segments("clip", torch.tensor([[0.0, 1.0]]), torch.tensor([0]), torch.tensor([0.5]))
+    with pytest.raises(RecipeError, match="clip"):
+        suppress(one, PostprocessRecipe(method="soft_nms", soft_tiou=0.2, soft_tiou_high=0.9))
+
+
+def test_votes_without_weight_leave_the_segment():
+    kept, others = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0], [5.0, 6.0]])
+    assert vote(kept, others, torch.zeros(2), tiou=0.5).tolist() == [[0.0, 1.0]]
+    assert vote(kept, others + 0.25, torch.ones(2), tiou=0.5).tolist() == [[0.25, 1.25]]
+    assert vote(kept[:0], others, torch.ones(2), tiou=0.5).shape == (0, 2)
+
+
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives():
     segments, scores, labels = random_case(5, 500)
@@ -371,3 +471,13 @@ def test_cuda_gives_what_the_cpu_gives():
     expected = soft_nms(segments, scores, labels, sigma=0.4)
     assert indices.tolist() == expected[0].tolist()
     assert torch.allclose(values.cpu(), expected[1])
+
+
+def test_the_benchmark_compares_like_with_like(tmp_path):
+    out = tmp_path / "nms.json"
+    command = [sys.executable, "-m", "benchmarks.nms", "--segments", "60", "--videos", "3", "--classes", "4"]
+    root = Path(__file__).parents[2]
+    subprocess.run([*command, "--json", str(out)], cwd=root, check=True, capture_output=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2
+    assert all(row["difference"] < 1e-5 for row in rows)

@@ -27,9 +27,9 @@ from tad.detect.detectors.common import (
 from tad.detect.detectors.talnet_layers import ReceptiveField, SegmentClassifier, SegmentProposalNetwork
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.pooling import soi_align, soi_max_pool, soi_mean_pool
-from tad.detect.postprocess import nms
 from tad.detect.sampling import balanced_sample
 from tad.detect.segments import clip_segments, decode_center_length, encode_center_length, segment_tiou
+from tad.detect.suppression import nms
 from tad.errors import RecipeError, WeightsError
 
 Fusion = Literal["late", "early", "rgb", "flow"]
