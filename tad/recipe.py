@@ -56,6 +56,13 @@ class DataRecipe(Model):
     holdout_subset: str | None = None  # a subset of its own for that, instead of a part of the training videos
     row_spacing: int = Field(default=1, ge=1)  # this many neighbouring rows are averaged into one
     max_rows: int = Field(default=4096, ge=1)  # longer videos are cut at random in training; detection always sees all
+    # for detectors that see windows: rows from one to the next, half a window by default
+    train_stride: int | None = Field(default=None, ge=1)
+    detect_stride: int | None = Field(default=None, ge=1)
+    min_inside: float = Field(default=0.5, gt=0, le=1)  # a truth belongs to a window of which it has this part inside
+    empty_windows: bool = False  # train on windows without truth as well
+    # for detectors that see videos rescaled: read at the new rows' centres, or averaged over them
+    rescale: Literal["linear", "average"] = "linear"
     workers: int = Field(default=0, ge=0)
 
 

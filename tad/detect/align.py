@@ -12,7 +12,7 @@ from tad.errors import RecipeError, StoreError
 from tad.store import Feature, Store
 from tad.timeline import TimeAxis
 
-LAYOUTS = ("full",)  # the layouts of LevelSpec that can be read
+LAYOUTS = ("full", "windowed", "rescaled")  # of LevelSpec
 SAME_AXIS = 1e-3  # rows: axes that drift apart by less than this over a whole video are one axis
 
 
@@ -39,7 +39,7 @@ class Sample:
 
 
 def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
-    """Raise :class:`RecipeError` when a detector reads nothing, or in a layout that does not exist here."""
+    """Raise :class:`RecipeError` when a detector reads nothing, or in layouts that do not exist or fit together."""
     if not needs:
         raise RecipeError(f"detector '{detector}' declares no streams to read (Detector.needs is empty)")
     for need in needs:
@@ -47,6 +47,16 @@ def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
             raise RecipeError(
                 f"detector '{detector}' reads stream '{need.stream}' in layout '{need.layout}'; "
                 f"videos can be handed over in: {', '.join(LAYOUTS)}"
+            )
+        if (need.layout == "full") != (need.rows is None) or (need.rows is not None and need.rows < 1):
+            raise RecipeError(
+                f"detector '{detector}' reads stream '{need.stream}' in layout '{need.layout}' with rows={need.rows}: "
+                "windowed and rescaled need a number of rows, full has none"
+            )
+        if (need.layout, need.rows) != (needs[0].layout, needs[0].rows):
+            raise RecipeError(
+                f"detector '{detector}' reads stream '{need.stream}' in layout '{need.layout}' with rows={need.rows} "
+                f"and '{needs[0].stream}' in '{needs[0].layout}' with rows={needs[0].rows}; they must agree"
             )
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tad.detect.align import Sample, read_sample
+from tad.detect.align import Sample
 from tad.detect.interface import Batch, LevelSpec, Targets
+from tad.detect.windows import crop, read_whole
+from tad.recipe import DataRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
 from tad.training.rng import seeded
 
 CACHE_BYTES = 2 * 1024**3  # training sets up to this size are kept in memory, larger ones are read again every epoch
-KEEP_INSIDE = 0.5  # a truth belongs to a crop when this part of it lies inside (tIoA)
 SLIVER_ROWS = 1e-3  # a truth, and what is left of it after cutting, must be longer than this
 
 
@@ -50,20 +51,6 @@ def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: 
     )
 
 
-def crop(sample: Sample, start: int, rows: int) -> Sample:
-    """Rows ``[start, start + rows)`` of a sample; a truth of which at least half lies inside stays, cut to the crop."""
-    moved = sample.segments - np.float32(start)  # (N, 2)
-    cut = np.clip(moved, 0, rows)
-    keep = cut[:, 1] - cut[:, 0] >= KEEP_INSIDE * (moved[:, 1] - moved[:, 0])  # (N,)
-    return replace(
-        sample,
-        features={key: array[start : start + rows] for key, array in sample.features.items()},
-        axis=sample.axis.shifted(start),
-        segments=cut[keep],
-        labels=sample.labels[keep],
-    )
-
-
 def collate(samples: Sequence[Sample]) -> Batch | None:
     """Samples side by side, padded with zeros to the longest; nothing for an empty share of a batch."""
     if not samples:
@@ -90,9 +77,10 @@ class VideoDataset(Dataset[Sample]):
     store : where the rows are.
     needs : what the detector reads.
     truth : video -> its truth in rows; its keys are the videos, in order.
-    row_spacing, max_rows : see ``DataRecipe``; longer videos are cut at a uniformly random place.
+    data : how videos become samples; whole videos of more than ``max_rows`` are cut at a uniformly random place.
     seed : of the random cuts.
-    cache : samples read already, by video; empty to read them each time.
+    cache : videos read already; empty to read them each time.
+    starts : video -> where its windows begin, for detectors that see windows; by default every video is seen whole.
     """
 
     def __init__(
@@ -101,30 +89,33 @@ class VideoDataset(Dataset[Sample]):
         store: Store,
         needs: Sequence[LevelSpec],
         truth: Mapping[str, RowTruth],
-        row_spacing: int,
-        max_rows: int,
+        data: DataRecipe,
         seed: int,
         cache: Mapping[str, Sample],
+        starts: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
-        self.store = store
-        self.needs, self.truth, self.videos = tuple(needs), dict(truth), list(truth)
-        self.row_spacing, self.max_rows, self.seed, self.cache = row_spacing, max_rows, seed, dict(cache)
+        self.store, self.needs, self.truth = store, tuple(needs), dict(truth)
+        self.data, self.seed, self.cache = data, seed, dict(cache)
+        self.items = [(video, start) for video in truth for start in (starts[video] if starts else [None])]
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.items)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        video = self.videos[index]
+        video, start = self.items[index]
         sample = self.cache.get(video)
         if sample is None:
-            sample = read_sample(self.store, self.needs, video, row_spacing=self.row_spacing)
+            sample = read_whole(self.store, self.needs, video, self.data)
         truth = self.truth[video]
         sample = replace(sample, segments=truth.segments, labels=truth.labels)
-        if sample.rows <= self.max_rows:
+        if start is not None:
+            assert self.needs[0].rows is not None
+            return crop(sample, start, self.needs[0].rows, min_inside=self.data.min_inside)
+        if sample.rows <= self.data.max_rows or self.needs[0].layout != "full":
             return sample
-        start = int(seeded(self.seed, epoch, index).integers(0, sample.rows - self.max_rows + 1))
-        return crop(sample, start, self.max_rows)
+        start = int(seeded(self.seed, epoch, index).integers(0, sample.rows - self.data.max_rows + 1))
+        return crop(sample, start, self.data.max_rows)
 
 
 @dataclass(frozen=True)

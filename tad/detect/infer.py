@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from tad.annotations import Truth, read_truth
-from tad.detect.align import Sample, check_needs, read_sample
+from tad.detect.align import Sample, check_needs
 from tad.detect.data import collate
 from tad.detect.interface import Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
 from tad.detect.runs import Run, describe_differences, differing_keys, write_atomic
+from tad.detect.windows import detection_views, joined, read_whole
 from tad.errors import RecipeError, StoreError, WeightsError
 from tad.progress import ProgressFactory, silent
-from tad.recipe import PostprocessRecipe
+from tad.recipe import DataRecipe, PostprocessRecipe
 from tad.store import Store, open_store
 from tad.training.distributed import pick_device
 
@@ -94,9 +95,9 @@ def detect(
         logger.warning("%s", failure)
     raw: list[Segments] = []
     with (progress or silent)(len(present), "detect", "videos") as bar:
-        samples = readable(store, detector.needs, present, row_spacing=run.recipe.data.row_spacing, lost=lost)
+        samples = readable(store, detector.needs, present, run.recipe.data, lost=lost)
         while group := list(islice(samples, batch_videos)):
-            raw += decoded_or_lost(detector, group, device=chosen, lost=lost)
+            raw += decoded_or_lost(detector, group, run.recipe.data, device=chosen, lost=lost)
             bar.advance(len(group))
     if raw_path is not None:
         save_raw(raw_path, raw, classes=run.classes)
@@ -130,21 +131,21 @@ def readable(
     store: Store,
     needs: Sequence[LevelSpec],
     videos: Iterable[str],
+    data: DataRecipe,
     *,
-    row_spacing: int,
     lost: Callable[[Failure], None],
 ) -> Iterator[Sample]:
     """Samples of the videos that can be read; ``lost`` is called with a :class:`Failure` for each of the others."""
     for video in videos:
         try:
-            yield read_sample(store, needs, video, row_spacing=row_spacing)
+            yield read_whole(store, needs, video, data)
         except StoreError as error:
             lost(Failure(video, type(error).__name__, str(error)))
 
 
 @torch.inference_mode()
 def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.device) -> list[Segments]:
-    """What the network finds in whole videos, before suppression: one :class:`Segments` a sample, float32 on the CPU.
+    """What the network finds in its views, before suppression: one :class:`Segments` a sample, float32 on the CPU.
 
     Raises :class:`WeightsError` where the outputs are not finite.
     """
@@ -162,17 +163,36 @@ def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.devi
     return result
 
 
-def decoded_or_lost(
-    detector: Detector, samples: Sequence[Sample], *, device: torch.device, lost: Callable[[Failure], None]
+def decoded_videos(
+    detector: Detector, samples: Sequence[Sample], data: DataRecipe, *, device: torch.device
 ) -> list[Segments]:
-    """:func:`decoded`, but a video on which the network's output is not finite is lost alone."""
+    """:func:`decoded` of whole videos, one :class:`Segments` each: seen in windows where the detector asks for it, as
+    many at a time as there are videos, at least 8.
+    """
+    views = [view for sample in samples for view in detection_views(sample, detector.needs, data)]
+    size = max(len(samples), 8) if len(views) > len(samples) else len(samples)
+    groups = (views[i : i + size] for i in range(0, len(views), size))
+    return joined(found for group in groups for found in decoded(detector, group, device=device))
+
+
+def decoded_or_lost(
+    detector: Detector,
+    samples: Sequence[Sample],
+    data: DataRecipe,
+    *,
+    device: torch.device,
+    lost: Callable[[Failure], None],
+) -> list[Segments]:
+    """:func:`decoded_videos`, but a video on which the network's output is not finite is lost alone."""
     try:
-        return decoded(detector, samples, device=device)
+        return decoded_videos(detector, samples, data, device=device)
     except WeightsError as error:
         if len(samples) == 1:
             lost(Failure(samples[0].video, type(error).__name__, str(error)))
             return []
-    return [found for sample in samples for found in decoded_or_lost(detector, [sample], device=device, lost=lost)]
+    return [
+        found for sample in samples for found in decoded_or_lost(detector, [sample], data, device=device, lost=lost)
+    ]
 
 
 def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, classes: Sequence[str]) -> pd.DataFrame:

@@ -17,13 +17,14 @@ from tad.timeline import TimeAxis
 class LevelSpec:
     """One input of a detector: a level of a stream, and how a video's rows are handed over.
 
-    ``layout``: ``full`` is the whole video at its own spacing, ``windowed`` overlapping windows of fixed length,
-    ``rescaled`` the whole video squeezed into a fixed number of rows.
+    ``layout``: ``full`` is the whole video at its own spacing, ``windowed`` overlapping windows of ``rows`` rows,
+    ``rescaled`` the whole video squeezed into ``rows`` rows. All inputs of a detector have the same.
     """
 
     stream: str
     level: str = "features"
     layout: Literal["full", "windowed", "rescaled"] = "full"
+    rows: int | None = None
 
     @property
     def key(self) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tad.annotations import Truth
-from tad.detect.align import Sample, feature_of, read_sample
+from tad.detect.align import Sample, feature_of
 from tad.detect.data import CACHE_BYTES, RowTruth, row_truth
 from tad.detect.interface import LevelSpec
+from tad.detect.windows import read_whole, training_starts
 from tad.errors import RecipeError, StoreError, did_you_mean
 from tad.progress import ProgressFactory
 from tad.recipe import DetectRecipe
@@ -70,6 +71,7 @@ class TrainingSet:
     failures: list[Failure]
     messages: list[str]
     counts: dict[str, int] = field(default_factory=dict)
+    starts: dict[str, list[int | None]] = field(default_factory=dict)  # video -> where its training windows begin
 
     def holdout_truth(self, plan: Plan) -> pd.DataFrame:
         """The segments of the held-out videos that can be read, as :mod:`tad.evaluate` takes them."""
@@ -215,9 +217,9 @@ def read_training(
     StoreError : every training or every held-out video is broken.
     RecipeError : no segment of the training videos lies on any row.
     """
-    spacing = recipe.data.row_spacing
     cached = _bytes(plan, store, needs) <= CACHE_BYTES
     train: dict[str, RowTruth] = {}
+    starts: dict[str, list[int | None]] = {}
     holdout: list[str] = []
     cache: dict[str, Sample] = {}
     failures: list[Failure] = []
@@ -229,7 +231,7 @@ def read_training(
         for video in [*plan.train, *plan.holdout]:
             bar.advance(1)
             try:
-                sample = read_sample(store, needs, video, row_spacing=spacing)
+                sample = read_whole(store, needs, video, recipe.data)
                 _check_widths(sample, widths)
             except StoreError as error:
                 failures.append(Failure(video, type(error).__name__, str(error)))
@@ -239,8 +241,10 @@ def read_training(
             interpolated.update(dict.fromkeys(sample.interpolated))
             other_length += _lengths_differ(sample.duration_s, plan.durations_s.get(video, float("nan")))
             if video in trained:
-                train[video] = row_truth(*plan.segments[video], sample.axis, sample.rows)
-                cut += sample.rows > recipe.data.max_rows
+                truth = train[video] = row_truth(*plan.segments[video], sample.axis, sample.rows)
+                filled = replace(sample, segments=truth.segments, labels=truth.labels)
+                starts[video] = training_starts(filled, needs, recipe.data)
+                cut += needs[0].layout == "full" and sample.rows > recipe.data.max_rows
             else:
                 holdout.append(video)
     if not train or (plan.holdout and not holdout):
@@ -264,6 +268,17 @@ def read_training(
             "of its video: are the annotations in seconds, were the features imported with the right fps and stride?"
         )
     messages = []
+    if needs[0].layout == "windowed":
+        counts["windows"] = sum(map(len, starts.values()))
+        messages.append(
+            f"{counts['windows']} windows of {needs[0].rows} rows to train on"
+            + ("" if recipe.data.empty_windows else ", those without truth left out (data.empty_windows)")
+        )
+        if counts["windows"] == 0:
+            raise RecipeError(
+                f"no window of {needs[0].rows} rows holds data.min_inside={recipe.data.min_inside:g} of a segment: "
+                "take longer windows, a larger data.row_spacing, or a smaller data.min_inside"
+            )
     if interpolated:
         messages.append(
             f"streams on another time axis, interpolated onto the rows of {needs[0].key}: {', '.join(interpolated)}"
@@ -277,7 +292,7 @@ def read_training(
             f"{cut} training videos have more than {recipe.data.max_rows} rows (data.max_rows) and are cut at random"
         )
     messages.append("features are " + ("kept in memory" if cached else "read again every epoch: they exceed 2 GiB"))
-    return TrainingSet(train, holdout, cache, failures, messages, counts)
+    return TrainingSet(train, holdout, cache, failures, messages, counts, starts)
 
 
 def shown(names: Sequence[str]) -> str:

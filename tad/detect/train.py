@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 
 from tad.annotations import Truth, read_truth
-from tad.detect.align import check_needs, feature_of, read_sample
+from tad.detect.align import check_needs, feature_of
 from tad.detect.data import EpochLoader, VideoDataset, epoch_steps
 from tad.detect.detectors import DETECTORS, build_detector
-from tad.detect.infer import check_same_features, decoded, suppressed_table
+from tad.detect.infer import check_same_features, decoded_videos, suppressed_table
 from tad.detect.interface import LevelSpec, Segments
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
 from tad.detect.runs import (
@@ -38,6 +38,7 @@ from tad.detect.runs import (
     write_weights,
 )
 from tad.detect.trainer import Trainer
+from tad.detect.windows import read_whole
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
@@ -209,10 +210,10 @@ def _epochs(
         store=store,
         needs=trainer.detector.needs,
         truth=data.train,
-        row_spacing=recipe.data.row_spacing,
-        max_rows=recipe.data.max_rows,
+        data=recipe.data,
         seed=recipe.seed,
         cache=data.cache,
+        starts=data.starts,
     )
     loader = EpochLoader(dataset, workers=recipe.data.workers, rank=processes.rank, world=processes.size)
     per_epoch = math.ceil(len(dataset) / (training.batch_videos * training.accumulate))
@@ -251,12 +252,12 @@ def _evaluate(trainer: Trainer, recipe: DetectRecipe, plan: Plan, data: Training
     processes = trainer.processes
     module = trainer.judged
     module.eval()
-    needs, spacing = trainer.detector.needs, recipe.data.row_spacing
+    needs = trainer.detector.needs
     mine, size = data.holdout[processes.rank :: processes.size], recipe.train.batch_videos
     raw: list[Segments] = []
     for group in (mine[i : i + size] for i in range(0, len(mine), size)):
-        samples = [data.cache.get(v) or read_sample(store, needs, v, row_spacing=spacing) for v in group]
-        raw += decoded(module, samples, device=processes.device)
+        samples = [data.cache.get(v) or read_whole(store, needs, v, recipe.data) for v in group]
+        raw += decoded_videos(module, samples, recipe.data, device=processes.device)
     tables = processes.gathered(suppressed_table(raw, recipe.postprocess, plan.classes))
     found = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
     truth = data.holdout_truth(plan)

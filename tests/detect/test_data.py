@@ -21,6 +21,7 @@ from tad.detect.interface import LevelSpec
 from tad.detect.preflight import plan_training, read_training, split_holdout, training_subset
 from tad.errors import AnnotationError, RecipeError, StoreError
 from tad.progress import silent
+from tad.recipe import DataRecipe
 from tad.store import Level, Store, open_store
 from tad.timeline import TimeAxis
 from tests.detect.toydetector import AXIS, CLASSES, make_world, toy_recipe
@@ -154,9 +155,17 @@ def test_pooled_rows_are_means_and_lie_on_the_pooled_axis(tmp_path: Path, spacin
     assert sample.axis == AXIS.pooled(spacing)
 
 
-def test_layouts_that_do_not_exist_yet_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"'x' reads stream 'rgb' in layout 'windowed'.*: full"):
-        check_needs([LevelSpec("rgb", layout="windowed")], detector="x")
+def test_layouts_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'x' reads stream 'rgb' in layout 'looped'.*: full, windowed, rescaled"):
+        check_needs([LevelSpec("rgb", layout="looped")], detector="x")  # type: ignore[arg-type]
+    for wrong in (LevelSpec("rgb", layout="windowed"), LevelSpec("rgb", rows=3), LevelSpec("rgb", "x", "rescaled", 0)):
+        with pytest.raises(RecipeError, match="number of rows"):
+            check_needs([wrong], detector="x")
+    check_needs(
+        [LevelSpec("rgb", layout="windowed", rows=8), LevelSpec("flow", layout="windowed", rows=8)], detector="x"
+    )
+    with pytest.raises(RecipeError, match="they must agree"):
+        check_needs([LevelSpec("rgb", layout="windowed", rows=8), LevelSpec("flow")], detector="x")
     with pytest.raises(RecipeError, match="'x' declares no streams"):
         check_needs([], detector="x")
 
@@ -239,7 +248,7 @@ def dataset(
 ) -> VideoDataset:
     truth = {v: RowTruth(np.array([[1, 4]], np.float32), np.array([0])) for v in store.videos("rgb")}
     return VideoDataset(
-        store=store, needs=NEEDS, truth=truth, row_spacing=1, max_rows=max_rows, seed=seed, cache=cache or {}
+        store=store, needs=NEEDS, truth=truth, data=DataRecipe(max_rows=max_rows), seed=seed, cache=cache or {}
     )
 
 

@@ -36,10 +36,18 @@ class Toy(Detector):
     """Row-wise classifier; neighbouring rows of one class make a segment. Its loss is a mean over videos."""
 
     def __init__(
-        self, *, channels: dict[str, int], classes: int, width: int = 16, dropout: float = 0.0, norm: bool = False
+        self,
+        *,
+        channels: dict[str, int],
+        classes: int,
+        width: int = 16,
+        dropout: float = 0.0,
+        norm: bool = False,
+        layout: Any = "full",
+        rows: int | None = None,
     ) -> None:
         super().__init__()
-        self.needs = tuple(LevelSpec(stream) for stream in channels)
+        self.needs = tuple(LevelSpec(stream, layout=layout, rows=rows) for stream in channels)
         self.hidden = nn.Conv1d(sum(channels.values()), width, 3, padding=1)
         self.norm = RowNorm(width) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)

@@ -1,0 +1,121 @@
+"""How a video is handed to a detector: whole, in overlapping windows, or squeezed into a fixed number of rows.
+
+A detector says which in ``Detector.needs``; where windows lie is in ``DataRecipe``. A *view* is what the network sees
+of a video at a time: the whole video, or one window of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tad.detect.align import Sample, interpolate_rows, read_sample
+from tad.detect.interface import LevelSpec, Segments
+from tad.recipe import DataRecipe
+from tad.store import Store
+from tad.timeline import TimeAxis
+
+
+def read_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataRecipe) -> Sample:
+    """A video's rows as its views are cut from: ``data.row_spacing`` applied, and rescaled where the detector asks it.
+
+    Raises :class:`StoreError` as :func:`read_sample` does.
+    """
+    sample = read_sample(store, needs, video, row_spacing=data.row_spacing)
+    if needs[0].layout != "rescaled":
+        return sample
+    assert needs[0].rows is not None
+    return rescaled(sample, needs[0].rows, average=data.rescale == "average")
+
+
+def rescaled(sample: Sample, rows: int, *, average: bool = False) -> Sample:
+    """The whole video in ``rows`` rows of equal length, without truth: row i covers ``[i, i + 1) * duration / rows``.
+
+    A new row is the linear interpolation of the old ones at its centre (as ``F.interpolate(mode="linear")``), or, with
+    ``average``, the mean of that at ``ceil(old / new rows)`` evenly spaced places (as an aligned RoI pooling, ETAD).
+    """
+    axis = TimeAxis.rescaled(rows=rows, duration_s=sample.duration_s)
+    places = max(1, -(-sample.rows // rows)) if average else 1
+    offsets = (np.arange(places) + 0.5) / places - 0.5  # (p,) in new rows, round the centre
+    at_s = axis.center_s(np.arange(rows)[:, None] + offsets)  # (rows, p)
+    features = {
+        key: interpolate_rows(array, sample.axis, at_s.reshape(-1)).reshape(rows, places, -1).mean(axis=1)
+        for key, array in sample.features.items()
+    }
+    nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+    return replace(sample, features=features, axis=axis, segments=nothing[0], labels=nothing[1])
+
+
+def window_starts(rows: int, *, window: int, stride: int) -> list[int]:
+    """First rows of windows that cover every row: one every ``stride``, the last one ending where the video ends.
+
+    A video that is not longer than a window has one, from its first row.
+    """
+    if rows <= window:
+        return [0]
+    starts = list(range(0, rows - window + 1, stride))
+    return starts if starts[-1] + window >= rows else [*starts, rows - window]
+
+
+def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> Sample:
+    """Rows ``[start, start + rows)`` of a sample. A truth of which at least ``min_inside`` lies inside (its tIoA)
+    stays, cut to the crop.
+    """
+    moved = sample.segments - np.float32(start)  # (N, 2)
+    cut = np.clip(moved, 0, min(rows, sample.rows - start))
+    keep = cut[:, 1] - cut[:, 0] >= np.maximum(min_inside * (moved[:, 1] - moved[:, 0]), 1e-6)  # (N,)
+    return replace(
+        sample,
+        features={key: array[start : start + rows] for key, array in sample.features.items()},
+        axis=sample.axis.shifted(start),
+        segments=cut[keep],
+        labels=sample.labels[keep],
+    )
+
+
+def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[Sample]:
+    """What the network sees of a video in detection: every row is in a view."""
+    if needs[0].layout != "windowed":
+        return [sample]
+    window = needs[0].rows
+    assert window is not None
+    starts = window_starts(sample.rows, window=window, stride=data.detect_stride or max(1, window // 2))
+    return [crop(sample, start, window, min_inside=data.min_inside) for start in starts]
+
+
+def training_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[int | None]:
+    """Where the windows begin that a video is trained on; ``[None]`` for a video that is seen whole.
+
+    Windows without truth are left out unless ``data.empty_windows``; a video of which all are has none.
+    """
+    if needs[0].layout != "windowed":
+        return [None]
+    window = needs[0].rows
+    assert window is not None
+    starts = window_starts(sample.rows, window=window, stride=data.train_stride or max(1, window // 2))
+    if data.empty_windows:
+        return list(starts)
+    return [start for start in starts if len(crop(sample, start, window, min_inside=data.min_inside).labels)]
+
+
+def joined(found: Iterable[Segments]) -> list[Segments]:
+    """Segments of a video's views, which are in seconds already, as those of the video; in the order of first views."""
+    by_video: dict[str, list[Segments]] = {}
+    for segments in found:
+        by_video.setdefault(segments.video, []).append(segments)
+    return [parts[0] if len(parts) == 1 else _together(parts) for parts in by_video.values()]
+
+
+def _together(parts: Sequence[Segments]) -> Segments:
+    extras = set.intersection(*[set(part.extra) for part in parts])
+    return Segments(
+        parts[0].video,
+        torch.cat([part.segments_s for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.scores for part in parts]),
+        {name: torch.cat([part.extra[name] for part in parts]) for name in sorted(extras)},
+        parts[0].duration_s,
+    )
