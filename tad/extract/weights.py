@@ -23,13 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tad.errors import RecipeError, WeightsError
+from tad.extract import caffe2
 
 State = Mapping[str, Tensor]
 
 # Keys under which training code keeps the state dict, in the order of preference, and what wrappers of the module put
 # before every name.
-WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.")
+
+# Tensors that a file may lack: no inference reads the count of batches, and files of before 2018 lack it; what a
+# network of ours was built with stands in our own files only.
+OPTIONAL = ("num_batches_tracked", "settings")
 
 # What a damaged file makes torch's unpickler raise, apart from pickle.UnpicklingError.
 DAMAGED = (
@@ -64,7 +69,8 @@ FAMILIES: dict[str, Callable[[Collection[str]], bool]] = {
     ),
     "PySlowFast SlowFast": _has("s1.pathway1_stem."),
     "PySlowFast ResNet (Slow, I3D-R50, C2D)": _has_not("s1.pathway1_stem.", "s1.pathway0_stem."),
-    "PySlowFast Caffe2 blobs": _has("conv1_w", "pred_w"),
+    "PySlowFast Caffe2 SlowFast": _has("conv1_w", "pred_w", "t_conv1_w"),
+    "PySlowFast Caffe2 ResNet": _has_not("t_conv1_w", "conv1_w", "pred_w"),
     "mmaction2 SlowFast": _has("backbone.slow_path."),
     "mmaction2 R(2+1)D": _has("backbone.conv1.conv.conv_s."),
     "mmaction2 CSN": _has("backbone.conv1.conv.", "backbone.layer1.0.conv2.0."),
@@ -83,6 +89,10 @@ FAMILIES: dict[str, Callable[[Collection[str]], bool]] = {
     "ViViT, transformers": _has("vivit."),
     "VideoMAE, transformers": _has("videomae."),
     "VideoMAE, MCG-NJU": _has("blocks.0.attn.q_bias", "patch_embed.proj."),
+    "tad ViViT": _has("encoder.positions", "encoder.blocks.0."),
+    "tad ViViT factorised encoder": _has("spatial.positions", "temporal.positions"),
+    "tad SlowFast": _has("slow.stem.conv.", "fast.stem.conv."),
+    "tad ResNet3D": _has("path.stem.conv.", "path.res2.0.a.conv."),
     "tad Tiny3D": _has("stem.0.weight", "s1.0.weight", "s4.1.0.weight"),
 }
 
@@ -161,7 +171,8 @@ def verify_sha256(actual: str, expected: str, *, where: str) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint (``.safetensors``, or what ``torch.save`` wrote), on the CPU, see :func:`unwrap`.
+    """The tensors of a checkpoint (``.safetensors``, Caffe2's ``.pkl``, or what ``torch.save`` wrote), on the CPU, see
+    :func:`unwrap`.
 
     Nothing in the file is executed: ``torch.load(weights_only=True)`` admits tensors and plain containers only.
 
@@ -176,6 +187,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except OSError as error:
         raise WeightsError(f"weights {path} cannot be read: {error.strerror or error}") from error
     broken = f"weights {path} are no checkpoint, or a damaged or truncated one (the file starts with {start!r})"
+    if path.suffix == ".pkl" and not caffe2.is_torch(start):
+        return unwrap(caffe2.read_blobs(path), where=str(path))
     if path.suffix == ".safetensors":
         try:
             return unwrap(load_file(path), where=str(path))
@@ -242,14 +255,14 @@ def renamed(state: State, rename: Callable[[str], str | None], *, where: str) ->
 def load_into(module: nn.Module, state: State, *, where: str) -> None:
     """Copy ``state`` into ``module``: every tensor must land, and every tensor of the module must come, in its shape.
 
-    Only ``num_batches_tracked`` may be absent: no inference reads it, and files of before 2018 lack it.
+    What ends in one of ``OPTIONAL`` may be absent.
 
     Raises
     ------
     WeightsError : naming the first tensors that do not fit, and the family that the file looks like.
     """
-    own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    own = {key: value for key, value in module.state_dict().items() if not key.endswith("_extra_state")}  # no weights
+    missing = [key for key in own if key not in state and not key.endswith(OPTIONAL)]
     unexpected = [key for key in state if key not in own]
     other = [
         f"{key} is {_form(state[key])}, the network has {_form(own[key])}"

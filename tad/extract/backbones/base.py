@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,8 @@ class Backbone(nn.Module):
 
     ``weights_id`` says which weights it has: ``sha256:<hex>`` of a file or state dict, ``random:<seed>``, ``None``
     for weights that the caller looks after. ``variant`` names the arithmetic where a network has several (see the
-    network's file). ``interpolate_positions`` is set by whoever wants a transformer to take clips of another size or
+    network's file). ``arguments`` are those of its class, where it was made by name; a file of ours repeats them.
+    ``interpolate_positions`` is set by whoever wants a transformer to take clips of another size or
     length than it was trained with; without it such clips are refused.
     """
 
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
     weights_id: str | None = None
     variant: str | None = None
     interpolate_positions: bool = False
+    arguments: dict[str, Any] | None = None
 
     def forward(self, clips: Tensor, *, levels: bool = False) -> dict[str, Tensor]:
         """Normalised clips (B, C, T, H, W) → ``{"features": (B, D)}``, with ``levels`` also the stage maps (B, C,
