@@ -91,15 +91,26 @@ def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, Extrac
 
 
 def _find_weights(stream: str, weights_id: str, source: str | None, run: Run, given: Mapping[str, str]) -> str:
+    from tad.extract.fetch import fetch, fetched
+    from tad.extract.published import split_name
     from tad.extract.weights import sha256_of
 
     if weights_id.startswith("random"):
         return weights_id
     sha256 = weights_id.removeprefix("sha256:")
-    candidates = [given.get(stream), source, *sorted(str(p) for p in (Path(run.path) / "weights").glob("*"))]
+    candidates = []
+    places = [(place, *split_name(place)) for place in (given.get(stream), source)]
+    for place, name, file in places:
+        candidates.append(place if name is None else str(file or fetched(name) or ""))
+    candidates += sorted(str(p) for p in (Path(run.path) / "weights").glob("*"))
+    # published weights given by name at extraction have a preprocessing that the file alone does not tell
+    prefix = "" if places[1][1] is None else f"{places[1][1]}="
     for candidate in candidates:
         if candidate and Path(candidate).is_file() and sha256_of(candidate) == sha256:
-            return candidate
+            return prefix + candidate
+    for _, name, file in places:
+        if name is not None and file is None and fetched(name) is None and sha256_of(path := fetch(name)) == sha256:
+            return f"{prefix}{path}"
     looked = "; ".join(str(c) for c in candidates if c) or "nowhere recorded"
     raise WeightsError(
         f"the weights of stream '{stream}' (sha256 {sha256}) are in none of: {looked}. "

@@ -9,7 +9,10 @@ from typing import Any, Literal
 from tad.errors import RecipeError, StoreError
 from tad.extract.backbones import SPECS
 from tad.extract.inputs import find_videos
-from tad.extract.pipeline import ExtractReport, Failure, plan_work, resolve_all
+from tad.extract.jobs import spread
+from tad.extract.outcome import ExtractReport, Failure
+from tad.extract.pipeline import plan_work, resolve_all
+from tad.extract.published import PUBLISHED, split_name
 from tad.extract.snippets import LevelTiler
 from tad.extract.streams import Stream, expand
 from tad.progress import duration_text
@@ -19,6 +22,7 @@ from tad.store import open_store
 
 def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping[str, Any]) -> list[ExtractRecipe]:
     """One recipe a backbone; ``weights`` holds one for all (``random``), one each in order, or ``BACKBONE=FILE``.
+    Names of published weights go to the backbone that they are of.
 
     Values that only some networks understand (``flow``) are given to those alone.
 
@@ -28,7 +32,14 @@ def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping
     """
     names = expand(backbones)
     named = dict(item.split("=", 1) for item in weights if item.split("=", 1)[0] in names)
-    rest = [item for item in weights if item.split("=", 1)[0] not in named]
+    rest = []
+    for item in weights:
+        published = split_name(item)[0]
+        backbone = "" if published is None else PUBLISHED[published].backbone
+        if backbone in names and backbone not in named:
+            named[backbone] = item
+        elif item.split("=", 1)[0] not in named:
+            rest.append(item)
     unnamed = [name for name in names if name not in named]
     if len(rest) == 1 and rest[0].startswith("random"):
         rest = rest * len(unnamed)
@@ -55,18 +66,27 @@ def dry_run(
     names: Sequence[str] | None = None,
     format: Literal["zarr", "hdf5"] | None = None,
     overwrite: bool = False,
+    device: str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
 ) -> dict[str, Any]:
     """What ``extract`` would do, without writing anything: an item a missing entry, from the files' headers.
 
     Returns
     -------
     dict with ``entries`` (stream, video, level, rows, channels, bytes), ``already``, ``failures``, ``video_s``,
-    ``bytes``.
+    ``bytes``; with ``workers`` or ``scheduler`` also ``spread``: the videos and seconds that each process would get, if
+    seconds of video cost the same everywhere. Only for a ``scheduler`` is anybody asked, about its workers.
 
     Raises
     ------
     StoreError : a stream of this name exists and was made with another recipe.
+    TadError : nothing answers at ``scheduler``, or its workers cannot be used.
     """
+    if workers is not None or scheduler is not None:
+        from tad.extract.cluster import check_choice
+
+        check_choice(workers, scheduler)
     streams = resolve_all(recipes, names=names, device="cpu")
     files = find_videos(videos)
     report = ExtractReport()
@@ -86,13 +106,26 @@ def dry_run(
         for stream in members:
             frames = max(1, round((info.header_duration_s or 0.0) * (stream.fps or info.fps)))
             entries += [{"stream": stream.name, "video": file.video, **level} for level in _levels(stream, frames)]
-    return {
+    plan = {
         "entries": entries,
         "already": report.already,
         "failures": [failure.__dict__ for failure in report.failures],
         "video_s": sum(info.header_duration_s or 0.0 for _, _, info in work),
         "bytes": sum(entry["bytes"] for entry in entries),
     }
+    if workers is not None or scheduler is not None:
+        from tad.extract.cluster import slots_at
+
+        seconds: dict[str, float] = {}
+        for file, _, info in work:  # a video once for each pass over its frames
+            seconds[file.video] = seconds.get(file.video, 0.0) + (info.header_duration_s or 0.0)
+        slots = workers if workers is not None else slots_at(str(scheduler), device=device)
+        names, lengths = list(seconds), list(seconds.values())
+        plan["spread"] = [
+            {"videos": [names[index] for index in part], "video_s": sum(lengths[index] for index in part)}
+            for part in spread(lengths, slots)
+        ]
+    return plan
 
 
 def _levels(stream: Stream, frames: int) -> list[dict[str, Any]]:
@@ -120,6 +153,20 @@ def dry_run_lines(plan: Mapping[str, Any], *, limit: int = 5) -> list[str]:
         f"would write {len(entries)} arrays, {plan['bytes'] / 2**20:.1f} MiB, from {plan['video_s']:.1f} s of video; "
         f"{plan['already']} entries are there already"
     )
+    if parts := plan.get("spread"):
+        longest = max(part["video_s"] for part in parts)
+        idle = sum(not part["videos"] for part in parts)
+        gain = f", {plan['video_s'] / longest:.1f} times as fast as one at best" if longest > 0 else ""
+        lines.append(
+            f"{len(parts)} workers: {longest:.1f} s of video for the one with most{gain}"
+            + (f"; {idle} would have nothing to do" if idle else "")
+        )
+        lines += [
+            f"worker {number}: {len(part['videos'])} videos, {part['video_s']:.1f} s"
+            for number, part in enumerate(parts[:limit])
+        ]
+        if len(parts) > limit:
+            lines.append(f"… and {len(parts) - limit} more workers")
     return lines
 
 
@@ -138,7 +185,11 @@ def report_lines(report: ExtractReport) -> list[str]:
         )
         parts = {"decode": report.decode_s, "flow": report.flow_s, "network": report.network_s, "write": report.write_s}
         split = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
-        lines.append(f"time by part: {split} (decode and flow run beside the network)")
+        summed = ", summed over the workers" if report.workers else ""
+        lines.append(f"time by part: {split} (decode and flow run beside the network{summed})")
+    if report.workers:
+        shares = sorted(report.workers.values())
+        lines.append(f"{len(shares)} workers did {shares[0]:.1f} to {shares[-1]:.1f} s of video each")
     return lines
 
 

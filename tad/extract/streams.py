@@ -17,6 +17,7 @@ from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.extract.backbones import BACKBONES, GROUPS, build_backbone
 from tad.extract.backbones.base import Backbone, BackboneSpec
 from tad.extract.flow import FlowEstimator, build_flow
+from tad.extract.published import of_backbone, split_name
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry
 from tad.recipe import ExtractRecipe
@@ -81,8 +82,9 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         raise RecipeError(f"unknown backbone '{recipe.backbone}'.{did_you_mean(recipe.backbone, BACKBONES)}")
     if recipe.weights is None:
         raise WeightsError(
-            f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE (docs/backbones.md names public "
-            "ones), or say --weights random for features of an untrained network"
+            f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE, published ones with "
+            f"--weights {' or '.join(of_backbone(recipe.backbone)) or 'NAME (there are none of this network)'}, or say "
+            "--weights random for features of an untrained network"
         )
     backbone = build_backbone(recipe.backbone, weights=recipe.weights, port=recipe.port).eval().fuse().to(device)
     spec = backbone.spec
@@ -112,6 +114,8 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         special["resize"] = list(geometry.resize)
     if recipe.interpolate_positions:
         special["positions"] = "interpolated"
+    if spec.channel_order != "rgb":
+        special["channel_order"] = spec.channel_order
     described: dict[str, Any] = {
         "backbone": spec.name,
         "variant": backbone.variant,
@@ -129,10 +133,17 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         "extractor": EXTRACTOR,
         **special,
     }
-    is_random = str(backbone.weights_id).startswith("random")
-    source = recipe.weights if is_random else str(Path(recipe.weights).expanduser().resolve())
-    info = {"weights_source": source, "tad_version": __version__}
+    info = {"weights_source": source_of(recipe.weights), "tad_version": __version__}
     return Stream(name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, described, info)
+
+
+def source_of(weights: str) -> str:
+    """How weights are found again from any folder: a seed, a published name, ``NAME=FILE`` or a file's full path."""
+    published, file = split_name(weights)
+    if (published is not None and file is None) or weights.partition(":")[0] == "random":
+        return weights
+    path = str((file or Path(weights)).expanduser().resolve())
+    return path if published is None else f"{published}={path}"
 
 
 def geometry_of(
