@@ -9,15 +9,35 @@ from __future__ import annotations
 import click
 
 from tad._version import __version__
+from tad.cli.analysis import compare, diagnose
+from tad.cli.backbone import classify, train_backbone
 from tad.cli.common import TadGroup
 from tad.cli.detection import detect, train_detector
 from tad.cli.doctor import doctor
 from tad.cli.exchange import convert
 from tad.cli.extract import extract
+from tad.cli.report import plot, report
 from tad.cli.scores import demo, evaluate
 from tad.cli.store import store
+from tad.cli.weights import weights
 
-COMMANDS = (extract, store, train_detector, detect, evaluate, convert, doctor, demo)
+COMMANDS = (
+    extract,
+    store,
+    train_backbone,
+    classify,
+    train_detector,
+    detect,
+    evaluate,
+    report,
+    plot,
+    diagnose,
+    compare,
+    convert,
+    doctor,
+    weights,
+    demo,
+)
 
 
 @click.group(cls=TadGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -10,19 +10,39 @@ import click
 
 from tad.cli.common import as_json, device_option, print_table, say, show
 
-
-@click.command()
-@click.option("--annotations", required=True, type=click.Path(exists=True, dir_okay=False), help="Truth.")
-@click.option("--subset", help="Subset that is scored.  [default: the protocol's, else all that have truth]")
-@click.option("--protocol", help="thumos14-213/212/211/210, anet-1.3, hacs: subset, tIoUs and what is left out.")
-@click.option(
+annotations_option = click.option(
+    "--annotations", required=True, type=click.Path(exists=True, dir_okay=False), help="Truth."
+)
+subset_option = click.option(
+    "--subset", help="Subset that is scored.  [default: the protocol's, else all that have truth]"
+)
+protocol_option = click.option(
+    "--protocol", help="thumos14-213/212/211/210, anet-1.3[-opentad|-afsd|-mmaction2], hacs: what is scored, and how."
+)
+tiou_option = click.option(
     "--tiou", help="tIoU thresholds, separated by commas.  [default: the protocol's, else 0.3,0.4,0.5,0.6,0.7]"
 )
+
+
+@click.command()
+@annotations_option
+@subset_option
+@protocol_option
+@tiou_option
 @click.option("--predictions", type=click.Path(exists=True, dir_okay=False), help="ActivityNet results JSON or CSV.")
 @click.option(
     "--run", type=click.Path(exists=True, file_okay=False), help="Detect with this run first (needs --store)."
 )
 @click.option("--store", help="Feature store for --run.")
+@click.option("--proposals", is_flag=True, help="Score AR@AN and AUC, also where the predictions have labels.")
+@click.option(
+    "--max-avg", type=float, default=100, show_default=True, help="Last number of proposals a video, for AR@AN."
+)
+@click.option(
+    "--classification", type=click.Path(exists=True, dir_okay=False), help="Score a classifier: its scores by video."
+)
+@click.option("--bootstrap", type=int, metavar="N", help="Intervals of mAP from N samples of the videos, such as 1000.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
 @device_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="metrics.json")
 @as_json
@@ -35,40 +55,86 @@ def evaluate(
     as_json: bool,
     **o: Any,
 ) -> None:
-    """Score detections against the truth: mAP per tIoU, with the videos and segments that it counts.
+    """Score against the truth: detections (mAP), proposals (AR@AN, AUC), or a classifier (top-1, top-5, mAP).
+
+    Predictions without labels are proposals.
 
     \b
     tad evaluate --annotations A.json --subset validation --predictions found.json -o metrics.json
+    tad evaluate --annotations A.json --subset validation --predictions found.json --bootstrap 1000
+    tad evaluate --annotations A.json --subset validation --classification scores.json
     """
-    from tad.annotations import read_predictions, read_truth
+    from tad.annotations import read_predictions, read_truth, read_video_scores
+    from tad.evaluate import bootstrap_map, classification_scores, evaluate_recall, scope, table
     from tad.evaluate import evaluate as score
-    from tad.evaluate import table
+    from tad.evaluate.bootstrap import interval_table
+    from tad.evaluate.classification import classification_table
+    from tad.evaluate.proposals import recall_table
 
-    try:
-        thresholds = tuple(float(value) for value in tiou.split(",")) if tiou else None
-    except ValueError:
-        raise click.UsageError(f"--tiou {tiou}: expected numbers separated by commas, such as 0.3,0.5,0.7") from None
+    if sum(bool(o[name]) for name in ("predictions", "run", "classification")) != 1 or bool(o["run"]) != bool(
+        o["store"]
+    ):
+        raise click.UsageError("give one of --predictions FILE, --run RUN with --store S, and --classification FILE")
+    levels = thresholds_of(tiou)
     truth = read_truth(annotations)
-    if o["predictions"]:
-        predictions = read_predictions(o["predictions"])
-    elif o["run"] and o["store"]:
-        from tad.detect import detect as from_store
-
-        chosen = subset or score_subset(protocol)
-        predictions = from_store(run=o["run"], store=o["store"], subset=chosen, annotations=truth, device=o["device"])
+    grids: list[Any]
+    if o["classification"]:
+        part = scope(truth, protocol, subset)
+        other = set(truth.videos["video"]) - set(part.truth.videos["video"])  # of other subsets: no false positives
+        leave_out = [*part.options["leave_out"], *other]
+        accuracy = classification_scores(part.truth, read_video_scores(o["classification"]), leave_out=leave_out)
+        data, notes = {**accuracy.to_dict(), "protocol": protocol}, (*part.notes, *accuracy.notes)
+        grids = [classification_table(accuracy)]
     else:
-        raise click.UsageError("give --predictions FILE, or --run RUN with --store S")
-    result = score(truth, predictions, protocol=protocol, subset=subset, tiou=thresholds)
-    data = result.to_dict()
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-    for note in result.notes:
+        if o["predictions"]:
+            predictions = read_predictions(o["predictions"])
+        else:
+            from tad.detect import detect as from_store
+
+            chosen = subset or score_subset(protocol)
+            predictions = from_store(
+                run=o["run"], store=o["store"], subset=chosen, annotations=truth, device=o["device"]
+            )
+        if o["proposals"] or ("label" not in predictions.columns and len(predictions)):
+            if o["bootstrap"] is not None:
+                raise click.UsageError("--bootstrap gives intervals of mAP; these are proposals, without labels")
+            found = evaluate_recall(truth, predictions, protocol, subset, levels, max_avg=o["max_avg"])
+            data, notes, grids = found.to_dict(), found.notes, [recall_table(found)]
+        else:
+            result = score(truth, predictions, protocol=protocol, subset=subset, tiou=levels)
+            data, notes, grids = result.to_dict(), result.notes, [table(result)]
+            if o["bootstrap"] is not None:
+                part = scope(truth, protocol, subset, levels)
+                spread = bootstrap_map(
+                    part.truth, predictions, part.tiou, samples=o["bootstrap"], seed=o["seed"], **part.options
+                )
+                data["intervals"] = spread.to_dict()
+                grids.append(interval_table(spread))
+    write_result(out, data)
+    for note in notes:
         say(f"note: {note}")
     if as_json:
         show(data)
-    else:
-        print_table(table(result))
+        return
+    for grid in grids:
+        print_table(grid)
+
+
+def thresholds_of(tiou: str | None) -> tuple[float, ...] | None:
+    """``0.3,0.5`` as numbers."""
+    try:
+        return tuple(float(value) for value in tiou.split(",")) if tiou else None
+    except ValueError:
+        raise click.UsageError(f"--tiou {tiou}: expected numbers separated by commas, such as 0.3,0.5,0.7") from None
+
+
+def write_result(out: str | None, data: Any) -> None:
+    """JSON into a file, whole or not at all; nothing without a path."""
+    if out is None:
+        return
+    from tad.annotations._files import write_atomically
+
+    write_atomically(out, iter([json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)]))
 
 
 def score_subset(protocol: str | None) -> str | None:

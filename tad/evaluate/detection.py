@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from tad.annotations import Truth
-from tad.evaluate.matching import average_precision, match
-from tad.evaluate.selection import ByTiou, Thresholds, select, thresholds
+from tad.evaluate.matching import average_precision
+from tad.evaluate.ranked import rank
+from tad.evaluate.selection import ByTiou, Thresholds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,8 +65,10 @@ def detection_map(
     *,
     videos: Iterable[str] | None = None,
     leave_out: Collection[str] = (),
+    own_videos: bool = False,
     drop_zero_length: bool = False,
     dedupe_s: float | None = None,
+    single_precision: bool = False,
 ) -> DetectionResult:
     """Mean average precision over the classes that occur in the truth.
 
@@ -85,76 +88,48 @@ def detection_map(
     tiou : thresholds in (0, 1]; a match needs at least as much.
     videos : score these videos only; truth and predictions of all others are left out.
     leave_out : videos to leave out on both sides.
+    own_videos : leave out predictions on videos without a true segment, as AFSD does; else they are false positives.
     drop_zero_length : leave out true segments of zero length, as OpenTAD does.
     dedupe_s : leave out true segments that repeat one of the same video and label, both ends within so many seconds
         (ActionFormer and OpenTAD: 1e-3).
+    single_precision : round tIoU to float32 before it meets the thresholds, as mmaction2 does: exact hits at 0.65, 0.7,
+        0.9 and 0.95 are then missed.
 
     Raises
     ------
     AnnotationError : a table that lacks columns or has missing values, NaN or infinite numbers, a true segment whose
         end lies before its start, no true segment at all, or thresholds outside (0, 1].
     """
-    levels = thresholds(tiou)
-    chosen = select(
+    ranked = rank(
         truth,
         predictions,
-        labels=True,
+        tiou,
         videos=videos,
         leave_out=leave_out,
+        own_videos=own_videos,
         drop_zero_length=drop_zero_length,
         dedupe_s=dedupe_s,
+        single_precision=single_precision,
     )
-    counts, notes = dict(chosen.counts), list(chosen.notes)
-    true, predicted = chosen.truth, chosen.predictions
-    classes = pd.Index(
-        sorted(true["label"].unique().tolist(), key=lambda label: (str(type(label)), label)), dtype="object"
-    )
-    label = classes.get_indexer(predicted["label"].astype("object"))
-    if (unknown := label < 0).any():
-        names = predicted["label"][unknown].value_counts()
-        counts["unknown_labels"] = {str(name): int(number) for name, number in names.items()}
-        counts["predictions_left_out"] = {**counts["predictions_left_out"], "unknown_label": int(unknown.sum())}
-        shown = ", ".join(repr(name) for name in names.index[:5]) + (", ..." if len(names) > 5 else "")
-        notes.append(f"{int(unknown.sum())} predictions have labels that the truth does not have, left out: {shown}")
-        predicted, label = predicted[~unknown], label[~unknown]
-        counts["predictions"] = len(predicted)
-    counts = {"videos": counts.pop("videos"), "classes": len(classes), **counts}
+    hits, edges = ranked.taken >= 0, ranked.edges
+    ap = np.empty((len(ranked.levels), len(ranked.classes)))
+    for column, positives in enumerate(ranked.positives.tolist()):
+        ap[:, column] = average_precision(hits[:, edges[column] : edges[column + 1]], positives)
 
-    true_label = classes.get_indexer(true["label"].astype("object"))
-    ids = pd.Index(true["video"].unique().tolist(), dtype="object")
-    video = ids.get_indexer(predicted["video"].astype("object"))
-    score = predicted["score"].to_numpy()
-    taken = match(
-        ids.get_indexer(true["video"].astype("object")) * len(classes) + true_label,
-        true[["start_s", "end_s"]].to_numpy(),
-        np.where(video < 0, -1, video * len(classes) + label),
-        predicted[["start_s", "end_s"]].to_numpy(),
-        score,
-        levels,
-    )  # (T, N)
-
-    order = np.argsort(-score, kind="stable")
-    order = order[np.argsort(label[order], kind="stable")]  # by class, then falling score
-    hits = taken[:, order] >= 0
-    edges = np.searchsorted(label[order], np.arange(len(classes) + 1))
-    positives = np.bincount(true_label, minlength=len(classes))
-    ap = np.empty((len(levels), len(classes)))
-    for column in range(len(classes)):
-        ap[:, column] = average_precision(hits[:, edges[column] : edges[column + 1]], int(positives[column]))
-
-    keys = [round(level, 6) for level in levels]
+    keys = [round(level, 6) for level in ranked.levels]
     means = ap.mean(axis=1)
     return DetectionResult(
         map=ByTiou(zip(keys, means.tolist(), strict=True)),
         average=float(means.mean()),
-        ap=pd.DataFrame(ap, index=pd.Index(keys, name="tiou"), columns=classes.rename("label")),
-        counts=counts,
-        notes=tuple(notes),
+        ap=pd.DataFrame(ap, index=pd.Index(keys, name="tiou"), columns=ranked.classes),
+        counts=ranked.counts,
+        notes=ranked.notes,
     )
 
 
 def table(result: DetectionResult) -> Table:
     """A result as a rich table in percent: mAP and the classes, one column a tIoU."""
+    from rich.markup import escape
     from rich.table import Table
 
     title = f"{result.protocol or 'mAP'}: {result.counts['videos']} videos, {result.counts['segments']} segments"
@@ -162,5 +137,5 @@ def table(result: DetectionResult) -> Table:
     grid.add_row("[b]mAP[/b]", *(f"{100 * value:.2f}" for value in result.map.values()), f"{100 * result.average:.2f}")
     for label in result.ap:
         values = result.ap[label].to_numpy()
-        grid.add_row(str(label), *(f"{100 * value:.2f}" for value in values), f"{100 * values.mean():.2f}")
+        grid.add_row(escape(str(label)), *(f"{100 * value:.2f}" for value in values), f"{100 * values.mean():.2f}")
     return grid

@@ -54,6 +54,8 @@ def match(
     segments: Array,
     score: Array,
     thresholds: Sequence[float],
+    *,
+    single_precision: bool = False,
 ) -> Array:
     """Match predictions to true segments as ActivityNet's evaluator does.
 
@@ -71,6 +73,7 @@ def match(
     truth_segments, segments : (M, 2) and (N, 2) start and end in seconds.
     score : (N,) finite.
     thresholds : T values of tIoU.
+    single_precision : round tIoU to float32 first.
 
     Returns
     -------
@@ -78,7 +81,9 @@ def match(
     """
     result = np.full((len(thresholds), len(group)), -1, dtype=np.int64)
     rank = np.argsort(-score, kind="stable")  # rank -> prediction
-    asks, asked, value = _candidates(truth_group, truth_segments, group[rank], segments[rank], min(thresholds))
+    asks, asked, value = _candidates(
+        truth_group, truth_segments, group[rank], segments[rank], min(thresholds), single_precision
+    )
     asking, first = np.unique(asks, return_index=True)  # predictions with a candidate, best score first
     for row, threshold in enumerate(thresholds):
         # Candidates are sorted by falling tIoU, so those above the threshold come first.
@@ -90,12 +95,19 @@ def match(
 
 
 def _candidates(
-    truth_group: Array, truth_segments: Array, group: Array, segments: Array, threshold: float
+    truth_group: Array,
+    truth_segments: Array,
+    group: Array,
+    segments: Array,
+    threshold: float,
+    single_precision: bool,
 ) -> tuple[Array, Array, Array]:
     """Pairs (prediction, truth, tIoU) at or above a threshold, by prediction, then falling tIoU, then falling truth."""
     found: list[tuple[Array, Array, Array]] = []
     for a, b in pairs(group, truth_group):
         value = tiou(segments[a, 0], segments[a, 1], truth_segments[b, 0], truth_segments[b, 1])
+        if single_precision:
+            value = value.astype(np.float32).astype(np.float64)
         keep = value >= threshold
         found.append((a[keep], b[keep], value[keep]))
     if not found:
@@ -125,6 +137,38 @@ def _deferred_acceptance(first: Array, stop: Array, asked: Array, truths: int) -
         asking = refused[position[refused] < stop[refused]]
     taker[taker == nobody] = -1
     return taker
+
+
+def normalized_precision(hits: Array, positives: int, average: float) -> Array:
+    """Precision that a class of ``average`` true segments would have at the same recall and false positives.
+
+    Hoiem et al. 2012, equation 1, as DETAD uses it: ``r * average / (r * average + false positives)`` with the recall
+    ``r``. With ``average == positives`` it is ordinary precision.
+
+    Parameters
+    ----------
+    hits : (..., N) booleans in the order of falling score. positives : true segments of the class.
+
+    Returns
+    -------
+    (..., N)
+    """
+    found = np.cumsum(hits, axis=-1) * (average / positives)
+    wrong = np.cumsum(~hits, axis=-1)
+    return found / (found + wrong)
+
+
+def normalized_average_precision(hits: Array, positives: int, average: float) -> float:
+    """Average precision of :func:`normalized_precision`, interpolated at all points; 0 without predictions.
+
+    Parameters
+    ----------
+    hits : (N,) booleans in the order of falling score.
+    """
+    if not len(hits):
+        return 0.0
+    envelope = np.maximum.accumulate(normalized_precision(hits, positives, average)[::-1])[::-1]
+    return float(np.where(hits, envelope, 0.0).sum() / positives)
 
 
 def average_precision(hits: Array, positives: int) -> Array:

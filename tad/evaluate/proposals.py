@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from tad.evaluate.detection import ANET_TIOU
 from tad.evaluate.matching import pairs
 from tad.evaluate.matching import tiou as segment_tiou
 from tad.evaluate.selection import Thresholds, select, thresholds
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 POINTS = 100  # at which the official evaluator samples the curve, whatever the largest AN is
 
@@ -59,13 +62,19 @@ class ProposalResult:
         return {number: self.at(number) for number in range(first, int(self.average_number[-1] + 1e-9) + 1)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: ``ar`` (at 1, 5, 10, 50, 100 and the last), ``auc, recall`` (by tIoU, at the last)."""
+        """Plain JSON values: ``ar`` (at 1, 5, 10, 50, 100 and the last), ``auc``, ``recall`` (by tIoU, at the last),
+        ``curve`` (lists ``average_number``, ``average_recall``), ``counts, protocol, notes``.
+        """
         known = self.ar
         shown = sorted({number for number in (1, 5, 10, 50, 100) if number in known} | set(list(known)[-1:]))
         return {
             "ar": {str(number): known[number] for number in shown},
             "auc": self.auc,
             "recall": {f"{key:g}": float(value) for key, value in self.recall.iloc[:, -1].items()},
+            "curve": {
+                "average_number": self.average_number.tolist(),
+                "average_recall": self.average_recall.tolist(),
+            },
             "counts": self.counts,
             "protocol": self.protocol,
             "notes": list(self.notes),
@@ -81,6 +90,7 @@ def average_recall(
     points: int = POINTS,
     videos: Iterable[str] | None = None,
     leave_out: Collection[str] = (),
+    own_videos: bool = False,
     drop_zero_length: bool = False,
     dedupe_s: float | None = None,
 ) -> ProposalResult:
@@ -98,7 +108,7 @@ def average_recall(
     tiou : thresholds in (0, 1].
     max_avg : the last AN of the curve; None: as many as there are on average.
     points : of the curve; 100 as there, also when ``max_avg`` is less (OpenTAD takes ``max_avg`` points).
-    videos, leave_out, drop_zero_length, dedupe_s : as in :func:`~tad.evaluate.detection.detection_map`.
+    videos, leave_out, own_videos, drop_zero_length, dedupe_s : as in :func:`~tad.evaluate.detection.detection_map`.
 
     Raises
     ------
@@ -113,6 +123,7 @@ def average_recall(
         labels=False,
         videos=videos,
         leave_out=leave_out,
+        own_videos=own_videos,
         drop_zero_length=drop_zero_length,
         dedupe_s=dedupe_s,
     )
@@ -148,6 +159,21 @@ def average_recall(
         counts=chosen.counts,
         notes=tuple(notes),
     )
+
+
+def recall_table(result: ProposalResult) -> Table:
+    """A result as a rich table in percent: recall at 1, 5, 10, 50, 100 proposals a video by tIoU, then AR and AUC."""
+    from rich.table import Table
+
+    known = result.ar
+    shown = sorted({number for number in (1, 5, 10, 50, 100) if number in known} | set(list(known)[-1:]))
+    title = f"{result.protocol or 'AR@AN'}: {result.counts['videos']} videos, {result.counts['segments']} segments"
+    grid = Table("tIoU", *(f"@{number}" for number in shown), title=title)
+    for key, recall in zip(result.recall.index, result.recall.to_numpy(), strict=True):
+        grid.add_row(f"{key:g}", *(f"{100 * np.interp(n, result.average_number, recall):.2f}" for n in shown))
+    grid.add_row("[b]AR[/b]", *(f"{100 * known[number]:.2f}" for number in shown))
+    grid.add_row("[b]AUC[/b]", *[""] * max(0, len(shown) - 1), f"{100 * result.auc:.2f}")
+    return grid
 
 
 def _first_hits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ class Protocol:
     tiou : thresholds.
     subset : the subset that it scores unless another is named.
     left_out : videos that take no part: neither their truth nor predictions on them.
-    drop_zero_length, dedupe_s : which true segments its tool leaves out; see :func:`tad.evaluate.detection_map`.
+    drop_zero_length, dedupe_s, own_videos, single_precision : what its tool does unlike ActivityNet's
+        evaluator; see :func:`tad.evaluate.detection_map`.
     sizes : pairs (videos, segments) that the public annotation files give; other counts are noted.
     note : who scores so, and what is particular.
     """
@@ -36,6 +37,8 @@ class Protocol:
     left_out: tuple[str, ...] = ()
     drop_zero_length: bool = False
     dedupe_s: float | None = None
+    own_videos: bool = False
+    single_precision: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
     note: str = ""
 
@@ -92,6 +95,31 @@ PROTOCOLS: dict[str, Protocol] = {
             "AFSD and OpenTAD score the 4,728 that they could download. No list of blocked videos is applied.",
         ),
         Protocol(
+            name="anet-1.3-opentad",
+            tiou=ANET_TIOU,
+            subset="validation",
+            drop_zero_length=True,
+            dedupe_s=1e-3,
+            sizes=((4728, 7271), (4926, 7630)),
+            note="OpenTAD and ActionFormer: duplicate and zero-length truth is left out.",
+        ),
+        Protocol(
+            name="anet-1.3-afsd",
+            tiou=ANET_TIOU,
+            subset="validation",
+            own_videos=True,
+            sizes=((4728, 7293), (4926, 7654)),
+            note="AFSD: predictions on videos without truth are left out; elsewhere they are false positives.",
+        ),
+        Protocol(
+            name="anet-1.3-mmaction2",
+            tiou=ANET_TIOU,
+            subset="validation",
+            single_precision=True,
+            sizes=((4728, 7293), (4926, 7654)),
+            note="mmaction2: tIoU is rounded to float32, so that exact hits at 0.65, 0.7, 0.9 and 0.95 are missed.",
+        ),
+        Protocol(
             name="hacs",
             tiou=ANET_TIOU,
             subset="validation",
@@ -142,11 +170,9 @@ def evaluate(
     AnnotationError : unknown protocol or subset, several subsets and none named, or as
         :func:`tad.evaluate.detection_map`.
     """
-    chosen, part, options, notes = _prepare(truth, protocol, subset, leave_out)
-    levels = tiou if tiou is not None else (chosen.tiou if chosen else THUMOS_TIOU)
-    result = detection_map(part, predictions, levels, **options)
-    notes += _size_notes(chosen, subset, leave_out, result.counts)
-    return replace(result, protocol=protocol, notes=(*notes, *result.notes))
+    part = scope(truth, protocol, subset, tiou, leave_out=leave_out)
+    result = detection_map(part.truth, predictions, part.tiou, **part.options)
+    return replace(result, protocol=protocol, notes=(*part.all_notes(result.counts), *result.notes))
 
 
 def evaluate_recall(
@@ -163,16 +189,52 @@ def evaluate_recall(
 
     Parameters and errors as :func:`evaluate`; ``max_avg`` as in :func:`tad.evaluate.average_recall`.
     """
-    chosen, part, options, notes = _prepare(truth, protocol, subset, leave_out)
-    result = average_recall(part, predictions, tiou if tiou is not None else ANET_TIOU, max_avg, **options)
-    notes += _size_notes(chosen, subset, leave_out, result.counts)
-    return replace(result, protocol=protocol, notes=(*notes, *result.notes))
+    part = scope(truth, protocol, subset, tiou, leave_out=leave_out)
+    levels = tiou if tiou is not None else ANET_TIOU
+    options = {name: value for name, value in part.options.items() if name != "single_precision"}
+    result = average_recall(part.truth, predictions, levels, max_avg, **options)
+    return replace(result, protocol=protocol, notes=(*part.all_notes(result.counts), *result.notes))
 
 
-def _prepare(
-    truth: Truth, protocol: str | None, subset: str | None, leave_out: Collection[str]
-) -> tuple[Protocol | None, Truth, dict[str, Any], list[str]]:
-    """The protocol, the part of the truth to score, the options that say how, and the notes of both."""
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """What a protocol, or a subset, makes of an annotation.
+
+    Attributes
+    ----------
+    truth : the part of the annotation to score.
+    tiou : thresholds. options : keyword arguments of :func:`tad.evaluate.detection_map`.
+    protocol : None when none was named. notes : sentences for the reader of the score.
+    public : whether the protocol's public numbers are to be expected.
+    """
+
+    truth: Truth
+    tiou: Thresholds
+    options: dict[str, Any]
+    protocol: Protocol | None
+    notes: tuple[str, ...]
+    public: bool
+
+    def all_notes(self, counts: Mapping[str, Any]) -> tuple[str, ...]:
+        """The notes, and one when the annotation is not the public one that the protocol is known by."""
+        if self.protocol is None or not self.protocol.sizes or not self.public:
+            return self.notes
+        if (counts["videos"], counts["segments"]) in self.protocol.sizes:
+            return self.notes
+        public = " or ".join(f"{videos} videos and {segments} segments" for videos, segments in self.protocol.sizes)
+        size = f"{self.protocol.name} is {public}; this annotation gives {counts['videos']} and {counts['segments']}"
+        return (*self.notes, size)
+
+
+def scope(
+    truth: Truth,
+    protocol: str | None = None,
+    subset: str | None = None,
+    tiou: Thresholds | None = None,
+    *,
+    leave_out: Collection[str] = (),
+) -> Scope:
+    """The part of an annotation that :func:`evaluate` scores, and how; parameters and errors as there."""
     if not isinstance(truth, Truth):
         raise AnnotationError(
             f"evaluate needs a Truth (read_truth), got {type(truth).__name__}; tables go to detection_map"
@@ -186,34 +248,27 @@ def _prepare(
             "leave_out": (*chosen.left_out, *extra),
             "drop_zero_length": chosen.drop_zero_length,
             "dedupe_s": chosen.dedupe_s,
+            "own_videos": chosen.own_videos,
+            "single_precision": chosen.single_precision,
         }
     nowhere = int((truth.videos["subset"] == "").sum())
     if nowhere and (truth.subsets or subset is not None):
         notes.append(f"{nowhere} videos of the annotation have no subset and are not scored")
+    part = truth
+    public = chosen is not None and not extra
     if subset is not None:
-        return chosen, truth.subset(subset), options, notes
-    if not truth.subsets:
+        part = truth.subset(subset)
+        public = public and chosen is not None and canonical_subset(subset) == canonical_subset(chosen.subset)
+    elif not truth.subsets:
         if chosen is not None:
             notes.append(f"the annotation names no subset; {chosen.name} scores {chosen.subset!r}, here all is scored")
-        return chosen, truth, options, notes
-    if chosen is not None:
-        return chosen, truth.subset(chosen.subset), options, notes
-    if len(truth.subsets) > 1:
+    elif chosen is not None:
+        part = truth.subset(chosen.subset)
+    elif len(truth.subsets) > 1:
         raise AnnotationError(
             f"{truth.path or 'the annotation'} has the subsets {', '.join(truth.subsets)}: name one, or a protocol"
         )
-    return chosen, truth.subset(truth.subsets[0]), options, notes
-
-
-def _size_notes(
-    protocol: Protocol | None, subset: str | None, leave_out: Collection[str], counts: dict[str, Any]
-) -> list[str]:
-    """A sentence when the annotation is not the public one that the protocol is known by."""
-    if protocol is None or not protocol.sizes or leave_out:
-        return []
-    if subset is not None and canonical_subset(subset) != canonical_subset(protocol.subset):
-        return []
-    if (counts["videos"], counts["segments"]) in protocol.sizes:
-        return []
-    public = " or ".join(f"{videos} videos and {segments} segments" for videos, segments in protocol.sizes)
-    return [f"{protocol.name} is {public}; this annotation gives {counts['videos']} and {counts['segments']}"]
+    else:
+        part = truth.subset(truth.subsets[0])
+    levels = tiou if tiou is not None else (chosen.tiou if chosen else THUMOS_TIOU)
+    return Scope(part, levels, options, chosen, tuple(notes), public)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,13 @@ from tad.errors import AnnotationError
 Thresholds = float | Sequence[float] | np.ndarray
 
 
-class ByTiou(dict[float, float]):
+Value = TypeVar("Value")
+
+
+class ByTiou(dict[float, Value]):
     """Values by tIoU. Keys are rounded to 6 decimals, and so are look-ups: 0.9 and 0.8999999999999999 are one key."""
 
-    def __missing__(self, key: float) -> float:
+    def __missing__(self, key: float) -> Value:
         rounded = round(float(key), 6)
         if rounded in self:
             return self[rounded]
@@ -67,6 +70,7 @@ def select(
     labels: bool,
     videos: Iterable[str] | None = None,
     leave_out: Collection[str] = (),
+    own_videos: bool = False,
     drop_zero_length: bool = False,
     dedupe_s: float | None = None,
 ) -> Selection:
@@ -87,6 +91,10 @@ def select(
     else:
         other_segments = other_predictions = 0
     wanted -= excluded
+    if own_videos:
+        mine = predictions["video"].isin(segments["video"].unique().tolist())
+        predictions, dropped = _keep(predictions, mine | predictions["video"].isin(list(excluded)))
+        other_predictions += dropped
     segments, excluded_segments = _keep(segments, ~segments["video"].isin(list(excluded)))
     predictions, excluded_predictions = _keep(predictions, ~predictions["video"].isin(list(excluded)))
 

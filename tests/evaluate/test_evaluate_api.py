@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tad.annotations import Truth, read_truth
+from tad.annotations import Truth, read_truth, write_predictions
 from tad.errors import AnnotationError
 from tad.evaluate import (
     ANET_TIOU,
@@ -228,7 +228,9 @@ def test_recall_refuses_curves_of_nothing(max_avg, points):
 
 # ---- protocols ---------------------------------------------------------------------------------------------------
 def test_protocols_are_named_after_themselves_and_say_who_uses_them():
-    assert list(PROTOCOLS) == ["thumos14-213", "thumos14-212", "thumos14-211", "thumos14-210", "anet-1.3", "hacs"]
+    thumos = ["thumos14-213", "thumos14-212", "thumos14-211", "thumos14-210"]
+    anet = ["anet-1.3", "anet-1.3-opentad", "anet-1.3-afsd", "anet-1.3-mmaction2"]
+    assert list(PROTOCOLS) == [*thumos, *anet, "hacs"]
     for name, protocol in PROTOCOLS.items():
         assert name == protocol.name
         assert protocol.note
@@ -241,7 +243,7 @@ def test_a_misspelt_protocol_finds_its_name(tmp_path):
     with pytest.raises(AnnotationError, match=r"unknown protocol 'thumos-213'\. Did you mean 'thumos14-213'\?"):
         get_protocol("thumos-213")
     truth = truth_of(tmp_path, {"a": video("test", (0, 1, "x"))})
-    with pytest.raises(AnnotationError, match=r"Known: anet-1\.3, hacs"):
+    with pytest.raises(AnnotationError, match=r"Known: anet-1\.3, anet-1\.3-afsd"):
         evaluate(truth, scored(), "qqq")
 
 
@@ -322,6 +324,7 @@ def test_the_table_shows_percent():
 def test_the_benchmark_runs_and_agrees_with_its_loop(tmp_path):
     out = tmp_path / "figures.json"
     arguments = ["--videos", "40", "--per-video", "10", "--classes", "5", "--share", "0.5", "--repeats", "1"]
+    arguments += ["--samples", "10"]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.evaluate", *arguments, "--out", str(out)],
         cwd=Path(__file__).parents[2],
@@ -333,3 +336,18 @@ def test_the_benchmark_runs_and_agrees_with_its_loop(tmp_path):
     figures = json.loads(out.read_text())
     assert figures["settings"]["videos"] == 40
     assert figures["map_s"] > 0
+
+
+def test_the_benchmark_times_files(tmp_path):
+    truth_of(tmp_path, {"a": video("test", (0, 10, "run"))})
+    write_predictions(tmp_path / "found.json", scored(("a", 0.0, 9.0, "run", 1.0)))
+    files = ["--annotations", str(tmp_path / "truth.json"), "--predictions", str(tmp_path / "found.json")]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.evaluate", *files, "--repeats", "1", "--samples", "5"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "average mAP 1.000000" in run.stdout
+    assert "bootstrap, 5 samples" in run.stdout
