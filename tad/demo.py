@@ -120,7 +120,7 @@ def run_demo(
             videos=videos,
             annotations=truth,
             out=weights,
-            reuse=True,
+            resume=True,
             overwrite=True,
             device=device,
             progress=show,
@@ -193,7 +193,13 @@ def _backbone_sets(truth: Truth, steps: int) -> list[str]:
     classes = set(truth.subset("training").segments["label"])
     mirror = {label: other if other in classes else None for label, other in MIRRORED.items() if label in classes}
     pairs = ", ".join(f"{label}: {other or 'null'}" for label, other in mirror.items())
-    return ["train_subset=training", "holdout_subset=validation", f"steps={steps}", f"mirror={{{pairs}}}"]
+    return [
+        "train_subset=training",
+        "holdout_subset=validation",
+        "epochs=1",
+        f"steps={steps}",
+        f"mirror={{{pairs}}}",
+    ]
 
 
 def _detector_sets(epochs: int) -> list[str]:

@@ -6,6 +6,7 @@ Segments are rows ``video, start_s, end_s, label`` (predictions add ``score``); 
 """
 
 from tad.annotations._predictions import check_segments, predictions_json, read_predictions, write_predictions
+from tad.annotations._scores import read_scores_about, read_video_scores, write_video_scores
 from tad.annotations._truth import Truth, canonical_subset, read_annotations, read_truth, read_videos
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "predictions_json",
     "read_annotations",
     "read_predictions",
+    "read_scores_about",
     "read_truth",
+    "read_video_scores",
     "read_videos",
     "write_predictions",
+    "write_video_scores",
 ]

@@ -1,22 +1,21 @@
-"""Labelled clips of annotated videos, for training a backbone: decoded once, kept in memory, cut like snippets."""
+"""Labelled clips of annotated videos, for training a backbone: which frames a clip has, what it shows, how it is cut.
+
+Clips are cut as extraction cuts its windows, so that a row of features is what the network was trained to tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from tad.errors import RecipeError, VideoError, did_you_mean
 from tad.extract.flow import FlowStream, build_flow
-from tad.extract.inputs import VideoFile
 from tad.extract.snippets import SnippetPlan
-from tad.extract.video import FrameReader, Geometry, crop
-from tad.progress import ProgressFactory, silent
+from tad.extract.video import FrameReader, Geometry, Plan, crop
 
 BACKGROUND = 0  # its class index; the labels follow from 1
 FIXED = -1  # in place of a mirrored class: do not flip
@@ -35,29 +34,59 @@ class ClipFormat:
         """Frame offsets of a clip's frames from its first, (window,)."""
         return self.snippets.offsets().numpy()
 
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip, uint8."""
+        height, width = self.geometry.crop or self.geometry.resize or (self.geometry.short_side,) * 2
+        return self.snippets.window * height * width * self.channels
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.flow is None else 2
+
 
 @dataclass(frozen=True)
-class VideoClips:
-    """A decoded video and the label of each clip in it: clip ``i`` begins with frame ``i``.
+class LabelledVideo:
+    """A video and the label of each clip in it: clip ``i`` begins with frame ``i`` of the grid.
 
-    ``frames`` (n, H, W, C) uint8; ``labels`` (max(1, n - span + 1),) class indices; ``actions`` likewise, the number of
-    the video's segment behind the label, -1 for background. Frames behind the end repeat the last one.
+    ``frames`` on the grid at ``fps``; ``labels`` (max(1, frames - span + 1),) class indices; ``actions`` likewise, the
+    number of the video's segment behind the label, -1 for background.
     """
 
     video: str
-    frames: np.ndarray
+    path: Path
+    frames: int
+    fps: float
     labels: np.ndarray
     actions: np.ndarray
 
-    def cut(self, start: int, offsets: np.ndarray) -> np.ndarray:
-        """The clip that begins with frame ``start``, (window, H, W, C)."""
-        return self.frames[np.minimum(start + offsets, len(self.frames) - 1)]
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip to cut: of the ``video``-th video, these frame numbers, (window,), never decreasing.
+
+    ``place`` is where the crop lies, top and left as parts (0 to 1) of the room that it has; ``None``: at the centre.
+    """
+
+    video: int
+    frames: np.ndarray
+    label: int
+    flipped: bool = False
+    place: tuple[float, float] | None = None
+
+
+def labelled(
+    video: str, path: Path, segments: pd.DataFrame, classes: Sequence[str], *, frames: int, fps: float, span: int
+) -> LabelledVideo:
+    """A video of ``frames`` frames with the labels that its ``segments`` give to clips of ``span`` frames."""
+    starts = max(1, frames - span + 1)
+    return LabelledVideo(video, path, frames, fps, *clip_labels(segments, classes, starts=starts, span=span, fps=fps))
 
 
 def clip_labels(
     segments: pd.DataFrame, classes: Sequence[str], *, starts: int, span: int, fps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``labels`` and ``actions`` of :class:`VideoClips`: the action at the clip's centre, ``(i + span / 2) / fps``
+    """``labels`` and ``actions`` of :class:`LabelledVideo`: the action at the clip's centre, ``(i + span / 2) / fps``
     seconds; of several the shortest. Segments of none of the ``classes`` count as background.
     """
     index = {label: number for number, label in enumerate(classes, BACKGROUND + 1)}
@@ -72,134 +101,86 @@ def clip_labels(
     return labels, actions
 
 
-def read_clips(
-    files: Sequence[VideoFile],
-    segments: pd.DataFrame,
-    classes: Sequence[str],
-    form: ClipFormat,
-    *,
-    max_memory_gb: float,
-    failures: list[dict[str, str]],
-    progress: ProgressFactory | None = None,
-) -> dict[str, VideoClips]:
-    """Decode ``files`` and label their clips by ``segments``; a file that cannot be read goes to ``failures``.
+def frames_at(start: int, offsets: np.ndarray, *, frames: int, speed: float = 1.0) -> np.ndarray:
+    """Frame numbers of the clip that begins at ``start``, (window,); beyond the video's ends its edge frame repeats.
 
-    Raises
-    ------
-    RecipeError : the frames need more than ``max_memory_gb``.
-    VideoError : not one file can be read.
+    ``speed`` stretches the offsets about the clip's centre, rounded to whole frames, so that its label stays.
     """
-    of_video = {str(video): rows for video, rows in segments.groupby("video")}
-    span = form.snippets.span
-    clips: dict[str, VideoClips] = {}
-    left = int(max_memory_gb * 1e9)
-    with (progress or silent)(len(files), "decode", "videos") as bar:
-        for file in files:
-            try:
-                frames, fps = read_frames(file.path, form, max_bytes=left)
-            except VideoError as error:
-                failures.append({"video": file.video, "path": str(file.path), "message": str(error)})
-                continue
-            finally:
-                bar.advance(1, file.video)
-            if frames is None:
-                raise RecipeError(
-                    f"the frames of {len(files)} videos need more than max_memory_gb={max_memory_gb:g} (reached at "
-                    f"{file.path}): take fewer videos, a lower fps, a smaller short_side and crop, or raise it"
-                )
-            left -= frames.nbytes
-            found = of_video.get(file.video, segments.iloc[:0])
-            starts = max(1, len(frames) - span + 1)
-            clips[file.video] = VideoClips(
-                file.video, frames, *clip_labels(found, classes, starts=starts, span=span, fps=fps)
-            )
-    if not clips:
-        raise VideoError(f"not one of the {len(files)} videos can be read; the first: {failures[0]['message']}")
-    return clips
+    if speed != 1.0:
+        centre = 0.5 * (offsets[0] + offsets[-1])
+        offsets = np.floor(centre + (offsets - centre) * speed + 0.5).astype(np.int64)
+    return np.clip(start + offsets, 0, frames - 1)
 
 
-def read_frames(path: Path, form: ClipFormat, *, max_bytes: int) -> tuple[np.ndarray | None, float]:
-    """All frames of a video in this format, uint8 (n, H, W, C), and their rate; no frames if they exceed ``max_bytes``.
+# ---- frames ---------------------------------------------------------------------------------------------------------
+def read_chunks(path: Path, form: ClipFormat) -> Generator[tuple[np.ndarray, Plan, float], None, None]:
+    """Consecutive frames of a video, uint8 (n, H, W, C), resized but not cropped; where its crop would lie, and the
+    rate of the grid.
 
     Raises :class:`VideoError` for a file that cannot be decoded.
     """
     stream = None if form.flow is None else FlowStream(build_flow(form.flow))
-    chunks: list[np.ndarray] = []
     with FrameReader(path, fps=form.fps, geometry=form.geometry) as reader:
         for chunk in reader:
-            whole = chunk if stream is None else stream.push(chunk)
-            chunks.append(np.ascontiguousarray(crop(whole, reader.plan)))
-            max_bytes -= chunks[-1].nbytes
-            if max_bytes < 0:
-                return None, reader.fps
+            yield (chunk if stream is None else stream.push(chunk)), reader.plan, reader.fps
         if reader.frames == 0:
             raise VideoError(f"{path}: no frame could be decoded; check the file with ffprobe or a player")
         if stream is not None:
-            chunks.append(np.ascontiguousarray(crop(stream.finish(), reader.plan)))
-        return np.concatenate(chunks), reader.fps
+            yield stream.finish(), reader.plan, reader.fps
 
 
-class ClipSampler:
-    """Draws training clips: background in its share, the rest from all classes alike and from all actions of a class
-    alike, however long they are. Step ``k`` draws the same clips whenever it is asked for.
+def read_frames(
+    path: Path, form: ClipFormat, *, max_bytes: float, whole: bool = False
+) -> tuple[np.ndarray | None, float]:
+    """All frames of a video, uint8 (n, H, W, C), cropped unless ``whole``, and their rate; no frames if they exceed
+    ``max_bytes``.
 
-    Parameters
-    ----------
-    classes : K. offsets : frame offsets of a clip's frames.
-    background : share of the clips whose centre lies in no action.
-    mirror : class index → class index of the flipped picture or ``FIXED``, (K + 1,); with it half of the clips flip.
-
-    Raises
-    ------
-    RecipeError : no clip's centre lies in an action, or none outside of all actions.
+    Raises :class:`VideoError` for a file that cannot be decoded.
     """
+    parts: list[np.ndarray] = []
+    fps = 0.0
+    for chunk, plan, fps in read_chunks(path, form):
+        parts.append(np.ascontiguousarray(chunk if whole else crop(chunk, plan)))
+        max_bytes -= parts[-1].nbytes
+        if max_bytes < 0:
+            return None, fps
+    return np.concatenate(parts), fps
 
-    def __init__(
-        self,
-        videos: Sequence[VideoClips],
-        *,
-        classes: int,
-        offsets: np.ndarray,
-        batch: int,
-        background: float,
-        mirror: np.ndarray | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.videos, self.offsets, self.batch, self.seed = videos, offsets, batch, seed
-        self.background, self.mirror = background, mirror
-        pools: list[list[tuple[int, np.ndarray]]] = [
-            [] for _ in range(classes + 1)
-        ]  # class → (video, starts) an action
-        for number, video in enumerate(videos):
-            for action in np.unique(video.actions):
-                starts = np.flatnonzero(video.actions == action)
-                pools[video.labels[starts[0]]].append((number, starts))
-        self.calm, self.actions = pools[BACKGROUND], [pool for pool in pools[BACKGROUND + 1 :] if pool]
-        if not self.calm or not self.actions:
-            where = "outside of all actions" if self.actions else "inside an action"
-            raise RecipeError(
-                f"no clip of {len(offsets)} frames has its centre {where}: there is nothing to tell apart"
-            )
-        lengths = np.array([len(starts) for _, starts in self.calm])
-        self.calm_share = lengths / lengths.sum()
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Clips (B, T, H, W, C) uint8 and class indices (B,) of one step."""
-        rng = np.random.default_rng((self.seed, step))
-        clips, labels = zip(*(self._one(rng) for _ in range(self.batch)), strict=True)
-        return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
+class FrameCounter(FrameReader):
+    """A pass over a video that converts no frame: ``frames`` of the grid are counted exactly, for half the price."""
 
-    def _one(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        if rng.random() < self.background:
-            number, starts = self.calm[rng.choice(len(self.calm), p=self.calm_share)]
-        else:
-            pool = self.actions[rng.integers(len(self.actions))]
-            number, starts = pool[rng.integers(len(pool))]
-        video, start = self.videos[number], int(starts[rng.integers(len(starts))])
-        clip, label = video.cut(start, self.offsets), int(video.labels[start])
-        if self.mirror is not None and self.mirror[label] != FIXED and rng.random() < 0.5:
-            clip, label = flip(clip), int(self.mirror[label])
-        return clip, label
+    def _convert(self) -> np.ndarray:
+        return np.zeros((*self.plan.resized, 3), np.uint8)
+
+
+def count_frames(path: Path, *, fps: float | None) -> tuple[int, float]:
+    """How many frames a video has on the grid at ``fps``, and the grid's rate.
+
+    Raises :class:`VideoError` for a file that cannot be decoded.
+    """
+    with FrameCounter(path, fps=fps, geometry=Geometry(1, (1, 1))) as counter:
+        for _ in counter:
+            pass
+        if counter.frames == 0:
+            raise VideoError(f"{path}: no frame could be decoded; check the file with ffprobe or a player")
+        return counter.frames, counter.fps
+
+
+def cut(frames: np.ndarray, clip: Clip, plan: Plan | None) -> np.ndarray:
+    """A clip (window, h, w, C) from its own frames (window, H, W, C): cropped and, where it says so, flipped.
+
+    ``plan`` is where the centre's crop lies; ``None``: the frames are cropped already.
+    """
+    if plan is not None and clip.place is not None:
+        top, left = (
+            min(int(part * (whole - size + 1)), whole - size)
+            for part, whole, size in zip(clip.place, plan.resized, (plan.height, plan.width), strict=True)
+        )
+        frames = frames[..., top : top + plan.height, left : left + plan.width, :]
+    elif plan is not None:
+        frames = crop(frames, plan)
+    return flip(frames) if clip.flipped else np.ascontiguousarray(frames)
 
 
 def flip(clip: np.ndarray) -> np.ndarray:
@@ -211,8 +192,8 @@ def flip(clip: np.ndarray) -> np.ndarray:
 
 
 def mirror_index(classes: Sequence[str], mirror: Mapping[str, str | None] | None) -> np.ndarray | None:
-    """``mirror`` of :class:`ClipSampler` from labels: what a flipped action is, ``None`` where it must not be flipped;
-    labels that it leaves out stay what they are. ``None`` altogether: no flips.
+    """``mirror`` of :class:`tad.extract.clip_sampling.ClipSampler` from labels: what a flipped action is, ``None``
+    where it must not be flipped; labels that it leaves out stay what they are. ``None`` altogether: no flips.
 
     Raises
     ------
