@@ -53,6 +53,12 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @device_option
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a forward pass.")
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Divide the videos among N processes of this machine."
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Divide them among the workers of a dask cluster (tcp://host:8786)."
+)
 @click.option("--overwrite", is_flag=True, help="Extract again what the store already holds.")
 @click.option(
     "--failures",
@@ -68,6 +74,7 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     \b
     tad extract videos/ --store features.zarr --backbone i3d --weights rgb_imagenet.pt --weights flow_imagenet.pt
     tad extract v.mp4 --store features.zarr --backbone i3d-rgb --weights random --crop 256x320 --stride 4
+    tad extract videos/ --store s3://bucket/features.zarr --backbone i3d-rgb --weights w.pt --scheduler tcp://host:8786
     """
     from tad.extract import pipeline, report
     from tad.progress import progress
@@ -81,14 +88,15 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
         "names": list(o["names"]) or None,
         "format": o["format"],
         "overwrite": o["overwrite"],
+        "device": o["device"],
+        "workers": o["workers"],
+        "scheduler": o["scheduler"],
     }
     if dry_run:
         plan = report.dry_run(videos, **common)
         show(plan) if as_json else click.echo("\n".join(report.dry_run_lines(plan)))
         return
-    done = pipeline.extract(
-        videos, **common, batch=o["batch"], device=o["device"], failures=o["failures"], progress=progress
-    )
+    done = pipeline.extract(videos, **common, batch=o["batch"], failures=o["failures"], progress=progress)
     for line in report.failure_lines(done.failures):
         say(line)
     show(done.to_dict()) if as_json else click.echo("\n".join(report.report_lines(done)))

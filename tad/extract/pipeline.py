@@ -4,17 +4,16 @@
 
     files ──frames.py──▶ uint8 frames ──FrameBuffer──▶ windows ──Stream.run──▶ rows ──Store.write──▶ entry
             (a thread)                   (on the device)         (the network)        (atomic, last)
+
+With ``workers`` or ``scheduler`` the same path runs in other processes, a video at a time: ``jobs.py``, ``cluster.py``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import torch
 from tad.errors import RecipeError, TadError
 from tad.extract.frames import Begin, End, Failed, Frames, read_videos
 from tad.extract.inputs import VideoFile, find_videos
+from tad.extract.outcome import ExtractReport, Failure, FailureLog, default_failures
 from tad.extract.snippets import FrameBuffer, LevelTiler
 from tad.extract.streams import Stream, resolve
 from tad.extract.video import VideoInfo, probe, source_of
@@ -31,42 +31,6 @@ from tad.progress import Progress, ProgressFactory, silent
 from tad.recipe import ExtractRecipe
 from tad.store import Level, Store, open_store
 from tad.timeline import TimeAxis
-
-
-@dataclass
-class Failure:
-    """A video that was given up, and why."""
-
-    video: str
-    path: str
-    streams: list[str]
-    error: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.video} ({', '.join(self.streams)}): {self.message}"
-
-
-@dataclass
-class ExtractReport:
-    """What a run did. Decoding and flow run beside the network, so the parts may add up to more than ``wall_s``."""
-
-    videos: list[str] = field(default_factory=list)  # whose features are complete now
-    written: int = 0  # entries
-    already: int = 0  # entries that were there and match
-    failures: list[Failure] = field(default_factory=list)
-    video_s: float = 0.0  # seconds of video decoded
-    rows: int = 0
-    wall_s: float = 0.0
-    decode_s: float = 0.0
-    flow_s: float = 0.0
-    network_s: float = 0.0
-    write_s: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        speed = self.video_s / self.wall_s if self.wall_s > 0 else None
-        return {**self.__dict__, "failures": [f.__dict__ for f in self.failures], "video_s_per_s": speed}
 
 
 def extract(
@@ -80,6 +44,8 @@ def extract(
     device: str | None = None,
     overwrite: bool = False,
     failures: str | Path | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
     progress: ProgressFactory = silent,
 ) -> ExtractReport:
     """Extract every stream of ``recipes`` from every video, skipping what the store already holds.
@@ -94,15 +60,25 @@ def extract(
     device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
     overwrite : extract again what is there.
     failures : where failing videos are listed, one JSON object a line; by default ``failures.jsonl`` in a local store.
+    workers : processes of this machine among which the videos are divided; a script that asks for them needs the usual
+        ``if __name__ == "__main__":``, since they import it.
+    scheduler : address of a dask scheduler (``tcp://host:8786``) whose workers do the work instead; they must reach the
+        videos, the weights and the store under the same paths.
     progress : shows how far it is, in seconds of video (see :mod:`tad.progress`).
 
     Raises
     ------
     RecipeError, WeightsError, StoreError : before anything is decoded. A video that fails is listed in the report
     instead.
+    TadError : workers cannot be used: none is there, or one has another version of tad.
     """
     started = time.perf_counter()
-    streams = resolve_all(recipes, names=names, device=device or default_device())
+    here = workers is None and scheduler is None
+    if not here:
+        from tad.extract.cluster import check_choice, extract_on_workers
+
+        check_choice(workers, scheduler)
+    streams = resolve_all(recipes, names=names, device=device or default_device() if here else "cpu")
     files = find_videos([videos] if isinstance(videos, (str, Path)) else videos)
     with ExitStack() as stack:
         if not isinstance(store, Store):
@@ -111,13 +87,22 @@ def extract(
             store.create_stream(stream.name, stream.spec, info=stream.info)
         log = FailureLog(failures or default_failures(store), {file.video for file in files}, {s.name for s in streams})
         report = ExtractReport()
-        todo = plan_work(files, streams, store, report, overwrite=overwrite, log=log)
-        total_s = sum(info.header_duration_s or 0.0 for group in todo.values() for _, _, info in group)
         try:
-            with progress(total_s, "extract", "s of video") as bar:
-                for group in todo.values():
-                    _extract_group(group, store, report, batch=batch, log=log, bar=bar)
+            if here:
+                todo = plan_work(files, streams, store, report, overwrite=overwrite, log=log)
+                total_s = sum(info.header_duration_s or 0.0 for group in todo.values() for _, _, info in group)
+                with progress(total_s, "extract", "s of video") as bar:
+                    for group in todo.values():
+                        extract_group(group, store, report, batch=batch, log=log, bar=bar)
+            else:
+                lacking = what_lacks(files, streams, store, report, overwrite=overwrite, log=log)
+                extract_on_workers(
+                    list(lacking), streams, store, report, batch=batch, device=device, overwrite=overwrite, log=log,
+                    workers=workers, scheduler=scheduler, progress=progress,
+                )  # fmt: skip
         finally:
+            complete = set(report.videos) - {failure.video for failure in report.failures}
+            report.videos = [file.video for file in files if file.video in complete]
             if report.written:
                 store.write_catalog()
             report.wall_s = time.perf_counter() - started
@@ -161,31 +146,54 @@ def plan_work(
     ``store`` is ``None`` where there is none yet.
     """
     groups: dict[tuple[Any, ...], list[Work]] = {}
+    for file, missing in what_lacks(files, streams, store, report, overwrite=overwrite, log=log):
+        try:
+            info = probe(file.path)
+        except TadError as error:
+            fail(report, log, file, streams, error)
+            continue
+        by_frames: dict[tuple[Any, ...], list[Stream]] = {}
+        for stream in missing:
+            by_frames.setdefault((*frames_of(stream), tuple(s.name for s in missing)), []).append(stream)
+        for key, members in by_frames.items():
+            groups.setdefault(key, []).append((file, members, info))
+    return groups
+
+
+def what_lacks(
+    files: Sequence[VideoFile],
+    streams: Sequence[Stream],
+    store: Store | None,
+    report: ExtractReport,
+    *,
+    overwrite: bool,
+    log: FailureLog | None = None,
+) -> Iterator[tuple[VideoFile, list[Stream]]]:
+    """Videos with the streams that the store lacks of them; no file is opened for this."""
     for file in files:
         try:
             source = source_of(file.path)
             missing = [s for s in streams if overwrite or store is None or not _done(store, s, file.video, source)]
-            report.already += len(streams) - len(missing)
-            if not missing:
-                report.videos.append(file.video)
-                continue
-            info = probe(file.path)
         except TadError as error:
-            _fail(report, log, file, streams, error)
+            fail(report, log, file, streams, error)
             continue
-        by_frames: dict[tuple[Any, ...], list[Stream]] = {}
-        for stream in missing:
-            by_frames.setdefault((stream.fps, stream.geometry, tuple(s.name for s in missing)), []).append(stream)
-        for key, members in by_frames.items():
-            groups.setdefault(key, []).append((file, members, info))
-    return groups
+        report.already += len(streams) - len(missing)
+        if missing:
+            yield file, missing
+        else:
+            report.videos.append(file.video)
+
+
+def frames_of(stream: Stream) -> tuple[Any, ...]:
+    """What decides which frames a stream reads: streams that agree in it share one pass over a video."""
+    return stream.fps, stream.geometry
 
 
 def _done(store: Store, stream: Stream, video: str, source: dict[str, Any]) -> bool:
     return stream.name in store.streams() and store.is_done(stream.name, video, source)
 
 
-def _extract_group(
+def extract_group(
     group: Sequence[Work],
     store: Store,
     report: ExtractReport,
@@ -193,8 +201,12 @@ def _extract_group(
     batch: int,
     log: FailureLog | None,
     bar: Progress,
+    cores: int | None = None,
 ) -> None:
-    """Videos that lack the same streams, all reading the same frames: one pass over each video's frames."""
+    """Videos that lack the same streams, all reading the same frames: one pass over each video's frames.
+
+    ``cores`` of this machine are ours, by default all.
+    """
     streams = group[0][1]
     device = next(streams[0].backbone.parameters()).device.type
     flows = {s.flow.name: s.flow for s in streams if s.flow is not None}
@@ -205,7 +217,7 @@ def _extract_group(
         rgb=any(s.flow is None for s in streams),
         flows=list(flows.values()),
         # on the CPU the network has the cores; beside a GPU they are idle
-        flow_threads=1 if device == "cpu" else max(1, (os.cpu_count() or 2) // 2),
+        flow_threads=1 if device == "cpu" else max(1, (cores or os.cpu_count() or 2) // 2),
     )
     begin: Begin | None = None
     running: list[VideoRun] = []
@@ -234,11 +246,11 @@ def _extract_group(
                         report.video_s += item.duration_s
                     case Failed():
                         running = []
-                        _fail(report, log, item.file, streams, item.error)
+                        fail(report, log, item.file, streams, item.error)
             except (TadError, RuntimeError, OSError, MemoryError) as error:
                 running = []  # the rest of this video's frames pass by unused
                 assert begin is not None
-                _fail(report, log, begin.file, streams, error)
+                fail(report, log, begin.file, streams, error)
 
 
 class VideoRun:
@@ -304,48 +316,11 @@ def level_of(array: np.ndarray, axis: TimeAxis, fps: float, stride: int, window:
     return Level(array=array, axis=axis, stride_frames=stride, window_frames=window, fps=fps, num_frames_used=frames)
 
 
-class FailureLog:
-    """``failures.jsonl``: the videos that could not be extracted, rewritten for those that are tried again."""
-
-    def __init__(self, path: str | Path, videos: set[str], streams: set[str]) -> None:
-        self.path = Path(path)
-        kept = [line for line in self._lines() if not self._tried_again(line, videos, streams)]
-        if kept:
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-
-    @staticmethod
-    def _tried_again(line: str, videos: set[str], streams: set[str]) -> bool:
-        try:
-            entry = json.loads(line)
-            return entry["video"] in videos and bool(streams.intersection(entry["streams"]))
-        except (ValueError, KeyError, TypeError):
-            return True  # not a line of ours, or a half-written one
-
-    def add(self, failure: Failure) -> None:
-        """Append one line, at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **failure.__dict__}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def default_failures(store: Store) -> Path:
-    """``failures.jsonl`` in the store's folder; for a remote store in the current one."""
-    return Path("failures.jsonl") if "://" in str(store.path) else Path(store.path) / "failures.jsonl"
-
-
-def _fail(
+def fail(
     report: ExtractReport, log: FailureLog | None, file: VideoFile, streams: Sequence[Stream], error: Exception
 ) -> None:
-    message = str(error) if isinstance(error, TadError) else f"{type(error).__name__}: {error}"
-    failure = Failure(file.video, str(file.path), [s.name for s in streams], type(error).__name__, message)
+    """Give a video up: into the report and the list of failures."""
+    failure = Failure.of(file.video, str(file.path), [s.name for s in streams], error)
     report.failures.append(failure)
     if log is not None:
         log.add(failure)

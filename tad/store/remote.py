@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from tad.errors import StoreError
 from tad.store.files import Found
+
+# What the libraries behind fsspec raise beside OSError when a server is not reached, refuses, or breaks off.
+LIBRARY_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "azure.core.exceptions": ("AzureError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+}
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    """OSError, and those of :data:`LIBRARY_ERRORS` whose libraries are loaded: no others can have been raised."""
+    loaded = ((sys.modules.get(module), names) for module, names in LIBRARY_ERRORS.items())
+    return (OSError, *(getattr(module, name) for module, names in loaded for name in names if hasattr(module, name)))
+
+
+@contextmanager
+def reaching(where: str) -> Iterator[None]:
+    """Make whatever a server or the way to it does wrong a :class:`StoreError`; absent keys stay ``FileNotFoundError``.
+
+    So the loss of a connection is never taken for a damaged entry, nor for one that is not there.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except _errors() as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(
+            f"{where} cannot be reached: {text}. Check the connection, the endpoint and the credentials, and run the "
+            "same again"
+        ) from error
 
 
 class RemoteFiles:
@@ -43,32 +77,39 @@ class RemoteFiles:
 
     def read(self, key: str) -> bytes | None:
         try:
-            return bytes(self.fs.cat_file(self._path(key)))
+            with reaching(self.where(key)):
+                return bytes(self.fs.cat_file(self._path(key)))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
     def write(self, key: str, data: Any) -> None:
-        self.fs.pipe_file(self._path(key), bytes(data))
+        with reaching(self.where(key)):
+            self.fs.pipe_file(self._path(key), bytes(data))
 
     def write_new(self, key: str, data: bytes) -> bool:
-        if self.fs.exists(self._path(key)):
+        if self._exists(key):
             return False
         self.write(key, data)
         return True
 
     def delete(self, key: str) -> None:
         try:
-            self.fs.rm_file(self._path(key))
+            with reaching(self.where(key)):
+                self.fs.rm_file(self._path(key))
         except FileNotFoundError:
             return
 
+    def _exists(self, key: str) -> bool:
+        with reaching(self.where(key)):
+            return bool(self.fs.exists(self._path(key)))
+
     def stamp(self, key: str) -> tuple[int, ...] | None:
         self.fs.invalidate_cache()
-        return () if self.fs.exists(self._path(key)) else None
+        return () if self._exists(key) else None
 
     def names(self, prefix: str, marker: str) -> list[str]:
         if not prefix:  # few folders with very much below them
-            return [name for name in self.folders() if self.fs.exists(self._path(f"{name}/{marker}"))]
+            return [name for name in self.folders() if self._exists(f"{name}/{marker}")]
         depth = len(prefix.split("/")) + 2
         keys = (found.key.split("/") for found in self.tree(prefix))
         return [parts[-2] for parts in keys if len(parts) == depth and parts[-1] == marker]
@@ -76,7 +117,8 @@ class RemoteFiles:
     def folders(self) -> list[str]:
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.root, detail=True)
+            with reaching(self.url):
+                found = self.fs.ls(self.root, detail=True)
         except FileNotFoundError:
             return []
         return [item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory"]
@@ -84,7 +126,8 @@ class RemoteFiles:
     def tree(self, prefix: str) -> Iterator[Found]:
         self.fs.invalidate_cache()
         try:
-            details = self.fs.find(self._path(prefix), detail=True)
+            with reaching(self.where(prefix)):
+                details = self.fs.find(self._path(prefix), detail=True)
         except FileNotFoundError:
             return
         for path, detail in details.items():

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from tad.store.layout import (
     sealed,
 )
 from tad.store.names import decode_name
-from tad.store.remote import RemoteFiles
+from tad.store.remote import RemoteFiles, reaching
 
 _NODE = "zarr.json"
 
@@ -54,7 +55,8 @@ class ZarrRows:
     def read(self, start: int, stop: int) -> np.ndarray:
         if self.look_each_time:
             self._look()
-        rows = np.asarray(self.array[start:stop])
+        with _reaching(self.files, self.key):
+            rows = np.asarray(self.array[start:stop])
         if rows.dtype.kind == "f" and np.isnan(rows.reshape(len(rows), -1)[:, 0]).any():
             raise Damaged(f"{self.files.where(self.key)} lacks a chunk of the rows {start} to {stop}")
         return rows
@@ -129,7 +131,8 @@ class ZarrBackend:
         recorded = attrs.get("metadata_sha256", {}).get(level["path"])
         if recorded is not None and _sha256(self.files.read(f"{key}/{_NODE}") or b"") != recorded:
             raise Damaged(f"{self.files.where(key)}/{_NODE} is missing or not what was written")
-        array = zarr.open_array(self._zarr_store(), path=key, mode="r")
+        with _reaching(self.files, key):
+            array = zarr.open_array(self._zarr_store(), path=key, mode="r")
         if tuple(array.shape) != shape or array.dtype.name != level["dtype"]:
             raise Damaged(f"{self.files.where(key)} is {array.dtype} {array.shape}, its entry says {level}")
         return ZarrRows(self.files, array, f"{key}/{_chunk_key(len(shape))}", look_each_time=self.stamps_are_cheap)
@@ -181,6 +184,11 @@ class ZarrBackend:
             self.files.delete(key)
         else:
             self.files.remove(key, _NODE, unless_committed=True)
+
+
+def _reaching(files: Files, key: str) -> AbstractContextManager[None]:
+    """Around what zarr-python reads by itself: a server that does not answer is no damage."""
+    return reaching(files.where(key)) if isinstance(files, RemoteFiles) else nullcontext()
 
 
 def _is_litter(name: str, items: list[Found]) -> bool:

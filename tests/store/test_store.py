@@ -495,12 +495,16 @@ def test_urls() -> None:
 
 
 def _without_s3fs(action: Any) -> None:
-    saved = sys.modules.get("s3fs")
+    from fsspec.registry import _registry
+
+    saved, known = sys.modules.get("s3fs"), _registry.pop("s3", None)  # other tests may have used it
     sys.modules["s3fs"] = None  # type: ignore[assignment] # as if it were not installed
     try:
         action()
     finally:
         del sys.modules["s3fs"]
+        if known is not None:
+            _registry["s3"] = known
         if saved is not None:
             sys.modules["s3fs"] = saved
 
