@@ -59,7 +59,8 @@ class DataRecipe(Model):
     # for detectors that see windows: rows from one to the next, half a window by default
     train_stride: int | None = Field(default=None, ge=1)
     detect_stride: int | None = Field(default=None, ge=1)
-    min_inside: float = Field(default=0.5, gt=0, le=1)  # a truth belongs to a window of which it has this part inside
+    # a truth belongs to a window, or a random cut of a long video, that holds this part of it
+    min_inside: float = Field(default=0.5, gt=0, le=1)
     empty_windows: bool = False  # train on windows without truth as well
     # for detectors that see videos rescaled: read at the new rows' centres, or averaged over them
     rescale: Literal["linear", "average"] = "linear"

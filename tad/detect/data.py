@@ -115,7 +115,7 @@ class VideoDataset(Dataset[Sample]):
         if sample.rows <= self.data.max_rows or self.needs[0].layout != "full":
             return sample
         start = int(seeded(self.seed, epoch, index).integers(0, sample.rows - self.data.max_rows + 1))
-        return crop(sample, start, self.data.max_rows)
+        return crop(sample, start, self.data.max_rows, min_inside=self.data.min_inside)
 
 
 @dataclass(frozen=True)

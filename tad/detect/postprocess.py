@@ -31,7 +31,8 @@ def suppress_all(found: Iterable[Segments], recipe: PostprocessRecipe) -> list[S
 
     Raises
     ------
-    RecipeError : a threshold that grows with the width of segments, and a video whose duration is not known.
+    RecipeError : a threshold that grows with the width of segments, and a video whose duration is not known; times or
+        scores that are not finite.
     """
     result: list[Segments] = []
     for group in _groups(list(found)):
@@ -81,6 +82,10 @@ def _suppressed(found: Sequence[Segments], recipe: PostprocessRecipe) -> list[Se
 
 def _candidates(segments: Segments, recipe: PostprocessRecipe) -> Tensor:
     """Places of the ``pre_topk`` best-scored segments that are long and good enough, by falling score, then place."""
+    if not (torch.isfinite(segments.segments_s).all() and torch.isfinite(segments.scores).all()):
+        raise RecipeError(
+            f"video {segments.video}: times or scores of its segments are not finite; has the detector diverged?"
+        )
     lengths = segments.segments_s[:, 1] - segments.segments_s[:, 0]
     places = torch.nonzero((segments.scores >= recipe.min_score) & (lengths >= recipe.min_length_s)).squeeze(1)
     if len(places) > recipe.pre_topk:  # before sorting: sorting all of them would take longer than suppression
@@ -91,10 +96,10 @@ def _candidates(segments: Segments, recipe: PostprocessRecipe) -> Tensor:
 
 def _group_ids(video: Tensor, labels: Tensor, *, class_agnostic: bool) -> Tensor:
     """(M,) one number for every pair of video and label (every video, if class-agnostic)."""
-    if class_agnostic or len(labels) == 0:
+    if class_agnostic:
         return video
-    low = labels.min()
-    return video * (labels.max() - low + 1) + (labels - low)
+    classes, index = torch.unique(labels, return_inverse=True)
+    return video * len(classes) + index
 
 
 def _chosen(
@@ -113,8 +118,8 @@ def _chosen(
         chosen = torch.argsort(scores, descending=True, stable=True)
         return chosen, scores[chosen]
     if recipe.soft_tiou_high is not None:
-        durations = torch.tensor([s.duration_s for s in found], dtype=segments_s.dtype, device=segments_s.device)
-        unknown = [s.video for s in found if not s.duration_s > 0 and len(s)]
+        durations = torch.tensor([s.duration_s for s in found], dtype=torch.float32, device=segments_s.device)
+        unknown = [found[index].video for index in video.unique().tolist() if not found[index].duration_s > 0]
         if unknown:
             raise RecipeError(
                 f"postprocess.soft_tiou_high grows with a segment's share of its video, and the duration of "

@@ -14,10 +14,10 @@ from tad.annotations import Truth
 from tad.detect.align import Sample, feature_of
 from tad.detect.data import CACHE_BYTES, RowTruth, row_truth
 from tad.detect.interface import LevelSpec
-from tad.detect.windows import read_whole, training_starts
+from tad.detect.windows import detection_stride_fits, never_inside, read_whole, training_starts
 from tad.errors import RecipeError, StoreError, did_you_mean
 from tad.progress import ProgressFactory
-from tad.recipe import DetectRecipe
+from tad.recipe import DataRecipe, DetectRecipe
 from tad.store import Feature, Store
 
 TRAIN_NAMES = ("training", "train", "validation", "val")  # in this order; THUMOS14 trains on its validation videos
@@ -217,14 +217,15 @@ def read_training(
     StoreError : every training or every held-out video is broken.
     RecipeError : no segment of the training videos lies on any row.
     """
-    cached = _bytes(plan, store, needs) <= CACHE_BYTES
+    detection_stride_fits(needs, recipe.data)
+    cached = _bytes(plan, store, needs, recipe.data) <= CACHE_BYTES
     train: dict[str, RowTruth] = {}
     starts: dict[str, list[int | None]] = {}
     holdout: list[str] = []
     cache: dict[str, Sample] = {}
     failures: list[Failure] = []
     interpolated: dict[str, None] = {}
-    other_length = cut = 0
+    other_length = cut = in_no_window = 0
     widths: dict[str, int] = {}
     trained = set(plan.train)
     with progress(len(plan.train) + len(plan.holdout), "read features", "videos") as bar:
@@ -244,6 +245,8 @@ def read_training(
                 truth = train[video] = row_truth(*plan.segments[video], sample.axis, sample.rows)
                 filled = replace(sample, segments=truth.segments, labels=truth.labels)
                 starts[video] = training_starts(filled, needs, recipe.data)
+                if needs[0].layout == "windowed":
+                    in_no_window += never_inside(filled, starts[video], needs, recipe.data)
                 cut += needs[0].layout == "full" and sample.rows > recipe.data.max_rows
             else:
                 holdout.append(video)
@@ -274,6 +277,13 @@ def read_training(
             f"{counts['windows']} windows of {needs[0].rows} rows to train on"
             + ("" if recipe.data.empty_windows else ", those without truth left out (data.empty_windows)")
         )
+        counts["segments_in_no_window"] = in_no_window
+        if in_no_window:
+            messages.append(
+                f"{in_no_window} of {counts['segments']} segments have less than data.min_inside="
+                f"{recipe.data.min_inside:g} of themselves in every window and are not trained on: take longer "
+                "windows, or a larger data.row_spacing"
+            )
         if counts["windows"] == 0:
             raise RecipeError(
                 f"no window of {needs[0].rows} rows holds data.min_inside={recipe.data.min_inside:g} of a segment: "
@@ -312,9 +322,15 @@ def _by_video(
     return found
 
 
-def _bytes(plan: Plan, store: Store, needs: Sequence[LevelSpec]) -> int:
+def _bytes(plan: Plan, store: Store, needs: Sequence[LevelSpec], data: DataRecipe) -> int:
+    """What all videos take in memory once they are read: stored rows as they are, computed ones as float32."""
     features = (feature for video in [*plan.train, *plan.holdout] for feature in _stored(store, needs, video))
-    return sum(int(np.prod(feature.shape)) * feature.dtype.itemsize for feature in features)
+    rows = needs[0].rows if needs[0].layout == "rescaled" else None
+    total = 0
+    for feature in features:
+        values = int(np.prod(feature.shape[1:])) * (rows or -(-feature.shape[0] // data.row_spacing))
+        total += values * (feature.dtype.itemsize if rows is None and data.row_spacing == 1 else 4)
+    return total
 
 
 def _stored(store: Store, needs: Sequence[LevelSpec], video: str) -> list[Feature]:

@@ -325,7 +325,8 @@ def vote(kept: Tensor, segments: Tensor, weights: Tensor, *, tiou: float, by_tio
     voices = weights.to(wide)[..., None, :]  # (..., 1, N)
     voices = torch.where(overlap >= tiou, voices * overlap if by_tiou else voices, 0.0)  # (..., K, N)
     total = voices.sum(-1, keepdim=True)  # (..., K, 1)
-    # Differences to the kept segment: times late in a long video lose no digits in the sum.
-    moved = voices @ segments.to(wide) - total * kept.to(wide)
+    # Sums of differences to the kept segment: times late in a long video lose no digits.
+    apart = (segments.to(wide)[..., None, :, side] - kept.to(wide)[..., :, None, side] for side in (0, 1))
+    moved = torch.stack([(voices * offset).sum(-1) for offset in apart], -1)  # (..., K, 2)
     shift = torch.where(total > 0, moved / total.clamp(min=torch.finfo(wide).tiny), 0.0)
     return (kept.to(wide) + shift).to(kept.dtype)

@@ -14,6 +14,7 @@ import torch
 
 from tad.detect.align import Sample, interpolate_rows, read_sample
 from tad.detect.interface import LevelSpec, Segments
+from tad.errors import RecipeError
 from tad.recipe import DataRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
@@ -52,8 +53,14 @@ def rescaled(sample: Sample, rows: int, *, average: bool = False) -> Sample:
 def window_starts(rows: int, *, window: int, stride: int) -> list[int]:
     """First rows of windows that cover every row: one every ``stride``, the last one ending where the video ends.
 
-    A video that is not longer than a window has one, from its first row.
+    A video that is not longer than a window has one, from its first row. Raises :class:`RecipeError` for windows
+    farther apart than they are long, between which rows would never be seen.
     """
+    if stride > window:
+        raise RecipeError(
+            f"windows of {window} rows every {stride} rows leave rows unseen: take data.train_stride and "
+            f"data.detect_stride of at most {window}"
+        )
     if rows <= window:
         return [0]
     starts = list(range(0, rows - window + 1, stride))
@@ -76,6 +83,14 @@ def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> S
     )
 
 
+def detection_stride_fits(needs: Sequence[LevelSpec], data: DataRecipe) -> None:
+    """Raise :class:`RecipeError` where windows would leave rows unseen, before anything is read."""
+    window = needs[0].rows
+    if needs[0].layout == "windowed" and window is not None:
+        for stride in (data.train_stride, data.detect_stride):
+            window_starts(1, window=window, stride=stride or 1)
+
+
 def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[Sample]:
     """What the network sees of a video in detection: every row is in a view."""
     if needs[0].layout != "windowed":
@@ -84,6 +99,19 @@ def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe
     assert window is not None
     starts = window_starts(sample.rows, window=window, stride=data.detect_stride or max(1, window // 2))
     return [crop(sample, start, window, min_inside=data.min_inside) for start in starts]
+
+
+def never_inside(sample: Sample, starts: Sequence[int | None], needs: Sequence[LevelSpec], data: DataRecipe) -> int:
+    """How many truths of a video lie in none of its training windows far enough to be learnt from."""
+    window, known = needs[0].rows, len(sample.labels)
+    numbered = replace(sample, labels=np.arange(known))
+    seen = {
+        int(label)
+        for start in starts
+        if start is not None and window is not None
+        for label in crop(numbered, start, window, min_inside=data.min_inside).labels
+    }
+    return known - len(seen)
 
 
 def training_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[int | None]:

@@ -455,6 +455,51 @@ def test_a_growing_threshold_needs_durations():
         suppress(one, PostprocessRecipe(method="soft_nms", soft_tiou=0.2, soft_tiou_high=0.9))
 
 
+def test_voting_keeps_its_digits_late_in_a_long_video():
+    rng = np.random.default_rng(0)
+    others = 36_000 + np.sort(rng.uniform(0, 10, (2000, 2)), axis=1)
+    others[:, 1] += 5
+    kept = torch.tensor([[36_000.0, 36_012.0]])
+    weights = rng.uniform(0, 1, 2000).astype(np.float32)
+    found = vote(kept, torch.from_numpy(others).float(), torch.from_numpy(weights), tiou=0.3)[0].numpy()
+    exact = torch.from_numpy(others).float().double()
+    expected = vote(kept.double(), exact, torch.from_numpy(weights).double(), tiou=0.3)[0].numpy()
+    assert np.abs(found - expected).max() < 5e-3  # a step of float32 there is 4 ms
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([0, 255], dtype=torch.uint8),
+        torch.tensor([-128, 127], dtype=torch.int8),
+        torch.tensor([-(2**63), 2**63 - 1]),
+    ],
+    ids=str,
+)
+def test_extreme_labels_do_not_mix_videos(labels):
+    one = [
+        Segments(f"v{i}", torch.tensor([[0.0, 1.0], [0.0, 1.0]]), labels, torch.tensor([0.9, 0.8])) for i in range(3)
+    ]
+    assert [len(kept) for kept in suppress_all(one, PostprocessRecipe(method="nms", tiou=0.5))] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["nms", "soft_nms", "none"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_names_the_video(method, bad):
+    good = Segments("good", torch.tensor([[0.0, 1.0]]), torch.tensor([0]), torch.tensor([0.5]))
+    for segments, score in (([0.0, bad], 0.5), ([0.0, 1.0], bad)):
+        one = Segments("clip", torch.tensor([segments]), torch.tensor([0]), torch.tensor([score]))
+        with pytest.raises(RecipeError, match="video clip"):
+            suppress_all([good, one], PostprocessRecipe(method=method))
+
+
+def test_unknown_durations_matter_only_where_there_is_something():
+    low = Segments("low", torch.tensor([[0.0, 1.0]]), torch.tensor([0]), torch.tensor([1e-9]))
+    good = Segments("good", torch.tensor([[0.0, 1.0]]), torch.tensor([0]), torch.tensor([0.5]), {}, 10.0)
+    kept = suppress_all([low, good], PostprocessRecipe(method="soft_nms", soft_tiou=0.2, soft_tiou_high=0.9))
+    assert [len(segments) for segments in kept] == [0, 1]
+
+
 def test_votes_without_weight_leave_the_segment():
     kept, others = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0], [5.0, 6.0]])
     assert vote(kept, others, torch.zeros(2), tiou=0.5).tolist() == [[0.0, 1.0]]

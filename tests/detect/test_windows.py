@@ -18,7 +18,15 @@ from tad.detect import Segments, detect, train_detector
 from tad.detect.align import Sample
 from tad.detect.infer import decoded_videos
 from tad.detect.interface import LevelSpec
-from tad.detect.windows import crop, detection_views, joined, rescaled, training_starts, window_starts
+from tad.detect.windows import (
+    crop,
+    detection_views,
+    joined,
+    never_inside,
+    rescaled,
+    training_starts,
+    window_starts,
+)
 from tad.errors import RecipeError
 from tad.evaluate import detection_map
 from tad.recipe import DataRecipe
@@ -38,12 +46,15 @@ def windowed(rows: int) -> list[LevelSpec]:
 
 @given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 80))
 def test_windows_cover_every_row(rows: int, window: int, stride: int) -> None:
+    if stride > window:
+        with pytest.raises(RecipeError, match="leave rows unseen"):
+            window_starts(rows, window=window, stride=stride)
+        return
     starts = window_starts(rows, window=window, stride=stride)
     assert starts == sorted(set(starts))
     assert starts[0] == 0
     assert all(start + window <= rows for start in starts) or starts == [0]
-    if stride <= window:
-        assert {row for start in starts for row in range(start, min(start + window, rows))} == set(range(rows))
+    assert {row for start in starts for row in range(start, min(start + window, rows))} == set(range(rows))
     assert starts[-1] + window >= rows  # the end is always seen
     assert all(after - before <= stride for before, after in itertools.pairwise(starts))
 
@@ -72,6 +83,14 @@ def test_truths_belong_to_windows_by_their_part_inside() -> None:
     assert training_starts(whole, windowed(20), DataRecipe(train_stride=20)) == [0, 40]
     assert training_starts(whole, windowed(20), DataRecipe(train_stride=20, empty_windows=True)) == [0, 20, 40, 60, 80]
     assert training_starts(whole, [LevelSpec("rgb")], DataRecipe()) == [None]
+
+
+def test_truths_that_no_window_holds_are_counted() -> None:
+    whole = sample_of(400, [(20, 380), (25, 35), (99, 101)])
+    data = DataRecipe(train_stride=25, empty_windows=True)
+    starts = training_starts(whole, windowed(50), data)
+    assert never_inside(whole, starts, windowed(50), data) == 1  # only the long one; the last lies in a window from 75
+    assert never_inside(whole, [0], windowed(50), data) == 2
 
 
 class Echo(Toy):
@@ -180,6 +199,13 @@ def test_trained_and_detected_in_views(model: dict, data: dict, world: tuple[Pat
     truth = read_truth(world[1]).subset("validation").segments
     # a window ends in the middle of actions, and their halves count as false: hence the modest bar
     assert detection_map(truth, found, tiou=(0.5,)).average > (0.3 if model["layout"] == "windowed" else 0.6)
+
+
+def test_windows_that_leave_gaps_are_refused_before_training(world: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = toy_recipe(model={"layout": "windowed", "rows": 8}, data={"detect_stride": 9})
+    with pytest.raises(RecipeError, match="windows of 8 rows every 9"):
+        train_detector(recipe, store=world[0], annotations=world[1], out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_windows_that_hold_no_truth_at_all_are_an_error(world: tuple[Path, Path], tmp_path: Path) -> None:
