@@ -7,6 +7,7 @@ chooses TAL-Net's checkpoint; from ``testing`` features are extracted, but nothi
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -19,11 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from tad.annotations import Truth, read_truth, write_predictions
 from tad.detect import detect, train_detector
 from tad.detect.recipes import detect_recipe
 from tad.errors import RecipeError, VideoError
 from tad.evaluate import evaluate, table
+from tad.evaluate.report import build_report, files_of, score_report
 from tad.extract import extract
 from tad.extract.finetune import finetune, finetune_recipe
 from tad.progress import progress, silent
@@ -31,7 +35,16 @@ from tad.recipe import ExtractRecipe
 from tad.synth import FPS, MIRRORED, make_videos
 
 SIZE = (64, 64)
-MADE = ("videos", "weights", "features.zarr", "run", "annotations.json", "predictions.json", "metrics.json")
+MADE = (
+    "videos",
+    "weights",
+    "features.zarr",
+    "run",
+    "annotations.json",
+    "predictions.json",
+    "metrics.json",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,12 @@ def run_demo(
         result = evaluate(truth, found, subset="testing")
         outcome(f"mAP@0.5 {_percent(result.map[0.5])}, average {_percent(result.average)}")
 
+    command = ["report", "--annotations", annotations, "--subset", "testing", "--predictions", predictions]
+    command += ["--run", run, "--videos", root / "videos", "-o", root / "report.html"]
+    with steps_taken("report", "scores, errors and every video's timeline in one page", _tad(command)) as outcome:
+        _report(root, truth, found)
+        outcome(f"open {root / 'report.html'} in a browser")
+
     metrics = result.to_dict() | {
         "backbone": trained["holdout"],
         "stages": {name: round(seconds, 2) for name, seconds, _ in steps_taken.rows},
@@ -184,7 +203,17 @@ def run_demo(
     if not quiet:
         steps_taken.print_tables(table(result))
         _say(f"\nThe trained run works on any video: {_tad(['detect', made[-1].path, '--run', run])}")
+        _say(f"Browsers play the videos in the report after: {_tad([*command, '--proxy'])}")
     return metrics
+
+
+def _report(root: Path, truth: Truth, found: pd.DataFrame) -> None:
+    """``report.html``, as ``tad report`` makes it."""
+    with (root / "run" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        training = list(csv.DictReader(file))
+    scored = score_report(truth, found, None, "testing")
+    files = files_of(truth.subset("testing").videos["video"], root / "videos")
+    build_report(**scored, out=root / "report.html", title="Detections of the demo", videos=files, training=training)
 
 
 # ---- what the steps are told ----------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def test_everything_is_where_it_is_said_to_be(told: tuple[Path, dict[str, Any], 
     assert evaluate(truth, predictions, subset="testing").to_dict()["map"] == pytest.approx(metrics["map"], abs=1e-9)
     assert {"map", "average_map", "ap", "counts", "protocol", "backbone", "stages", "settings"} <= metrics.keys()
     assert list(metrics["map"]) == ["0.3", "0.4", "0.5", "0.6", "0.7"]
-    assert len(metrics["stages"]) == 6
+    assert len(metrics["stages"]) == 7
+    assert "<title>Detections of the demo</title>" in (root / "report.html").read_text(encoding="utf-8")
 
 
 def test_tables_go_to_stdout_and_commands_that_the_tool_knows_to_stderr(
@@ -79,7 +80,7 @@ def test_tables_go_to_stdout_and_commands_that_the_tool_knows_to_stderr(
     assert "mAP" in out
     assert "$" not in out
     lines = re.findall(r"^ +\$ (.*)$", err, flags=re.M)
-    assert len(lines) == 6
+    assert len(lines) == 7
     words = [shlex.split(line) for line in lines]
     for line in words:
         if line[0] == "tad":
