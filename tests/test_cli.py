@@ -95,7 +95,7 @@ def test_failures_exit_with_three_and_are_listed(tmp_path: Path, videos: Path) -
         (["store", "ls", "absent.zarr"], 1, "no feature store"),
         (["train-detector", "--store", "s", "--annotations", __file__, "-o", "r"], 1, "name a detector"),
         (["train-detector", "talnett", "--store", "s", "--annotations", __file__, "-o", "r"], 1, "talnet"),
-        (["evaluate", "--annotations", __file__], 1, "test_cli.py"),
+        (["evaluate", "--annotations", __file__], 2, "--predictions"),
         (["detect", "--run", "absent"], 2, "absent"),
         (["detect", "v.mp4", "--run", ".", "--subset", "x"], 2, "--subset"),
         (["detect", "v.mp4", "--run", ".", "--weights", "x.pt"], 2, "STREAM=FILE"),
