@@ -52,6 +52,8 @@ def main(verbose: bool) -> None:
     tad train-detector talnet --store S --streams A,B -o RUN    a detector on stored features
     tad detect VIDEO --run RUN -o found.json                    what happens when
     tad evaluate --annotations A --predictions found.json       how good that is
+    tad report --annotations A --predictions found.json         scores, errors, every video's timeline in a page
+    tad doctor --annotations A --store S                        what is wrong before anything expensive starts
     """
 
 

@@ -21,8 +21,8 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
 @click.option(
     "--weights",
     multiple=True,
-    metavar="[BACKBONE=]FILE|random[:SEED]",
-    help="Checkpoint, one a backbone in the same order, or named.",
+    metavar="[BACKBONE=]FILE|NAME|random[:SEED]",
+    help="Checkpoint or published name (tad weights ls), one a backbone in the same order, or named.",
 )
 @click.option(
     "--stream", "names", multiple=True, help="Name of the stream, one a backbone.  [default: the backbone's name]"
@@ -48,7 +48,9 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
     "--interpolate-positions", is_flag=True, help="Let a transformer take another size or length than in its training."
 )
 @click.option("--flow", help="Optical flow for flow networks: dis, farneback.  [default: dis]")
-@click.option("--levels", is_flag=True, help="Store the last stage outputs as well (s2, s4, s8).")
+@click.option(
+    "--levels", is_flag=True, help="Store the last three stage outputs as well (s2, s4, s8; res3, res4, res5)."
+)
 @click.option("--port", help="Whose arithmetic, where ports of a network differ.  [default: the checkpoint's]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @device_option
