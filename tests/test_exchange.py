@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tad.exchange import FORMATS, Collection, format_of, read_collection, write_
 TOLERANCE_S = dict.fromkeys(FORMATS, 0.0) | {"labelstudio": 1 / 25} | dict.fromkeys(("elan", "srt", "webvtt"), 0.5e-3)
 
 word = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=12)
-label = word.filter(lambda text: "-->" not in text)
+label = word.filter(lambda text: not re.search(r"-->|<.*>|\{.*\}", text))  # markup is for subtitles to refuse
 video = word.filter(lambda text: not text.startswith("\ufeff"))
 times = st.tuples(st.floats(0, 5000), st.floats(0, 300)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 truth_rows = st.lists(st.tuples(video, times, label), min_size=1, max_size=12)

@@ -16,11 +16,13 @@ FORMATS = ("activitynet", "csv", "fiftyone", "via", "elan", "labelstudio", "srt"
 @click.option("--to", required=True, type=click.Choice(FORMATS), help="Format to write.")
 @click.option("--from", "from_", type=click.Choice(FORMATS), help="Format of SOURCE.  [default: by its content]")
 @click.option("-o", "--out", required=True, type=click.Path(), help="File, or folder for a file a video.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT; in a folder all files of the format's suffix.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written and removed, and touch nothing.")
 @click.option("--subset", help="Only the videos of this subset.")
 @click.option(
     "--annotations",
     type=click.Path(exists=True, dir_okay=False),
-    help="Truth that knows the videos' subsets, durations and frame rates.",
+    help="Truth that knows the subsets, durations and frame rates which SOURCE does not say.",
 )
 @click.option("--fps", type=click.FloatRange(0, min_open=True), help="Frame rate of videos whose own is not known.")
 @click.option("--new-subset", metavar="NAME", help="Subset of videos that have none, for ActivityNet's layout.")
@@ -35,21 +37,46 @@ def convert(source: str, to: str, from_: str | None, out: str, as_json: bool, **
     tad convert found.json --to webvtt -o subtitles/ --min-score 0.3
     tad convert project.json --to activitynet --new-subset validation -o truth.json
     """
-    from tad.annotations import read_truth
-    from tad.exchange import Collection, read_collection, write_collection
+    from pathlib import Path
 
-    collection = read_collection(source, format=from_, fps=o["fps"])
+    from tad.annotations import read_truth
+    from tad.errors import AnnotationError
+    from tad.exchange import plan_collection, read_collection
+
+    inputs = [Path(source)]
+    known = None
+    if Path(out).resolve() == inputs[0].resolve():
+        raise AnnotationError(f"{out} is read from; name another file or folder to write")
+    if o["annotations"]:
+        inputs.append(Path(o["annotations"]))
+        known = read_truth(o["annotations"], beyond_end="keep", keep_ambiguous=True)
+    collection = read_collection(source, format=from_, fps=o["fps"], videos=known)
     for note in collection.notes:
         say(f"note: {note}")
-    if o["annotations"]:
-        known = read_truth(o["annotations"]).videos
-        ids = collection.videos["video"]
-        known = known[known["video"].isin(ids)]
-        collection = Collection.of(collection.segments, known if len(known) else collection.videos)
+    if known is not None and not set(collection.videos["video"]) & set(known.videos["video"]):
+        say(f"note: {o['annotations']} lists none of the videos of {source}")
     collection = collection.select(subset=o["subset"], min_score=o["min_score"], max_segments=o["max_segments"])
-    files = write_collection(collection, out, format=to, fps=o["fps"], subset=o["new_subset"], media=o["media"])
-    done = {"videos": len(collection.videos), "segments": len(collection.segments), "files": [str(f) for f in files]}
+    plan = plan_collection(
+        collection, out, format=to, fps=o["fps"], subset=o["new_subset"], media=o["media"], overwrite=o["overwrite"]
+    )
+    plan.keep(*inputs)
+    if not o["dry_run"]:
+        plan.write()
+    done = {
+        "kind": "predictions" if collection.scored else "truth",
+        "videos": len(collection.videos),
+        "segments": len(collection.segments),
+        "files": [str(file) for file in plan.texts],
+        "removed": [str(file) for file in plan.stale],
+        "dry_run": o["dry_run"],
+    }
     if as_json:
         show(done)
-    else:
-        click.echo(f"{done['segments']} segments of {done['videos']} videos written to {out}")
+        return
+    would = "would be " if o["dry_run"] else ""
+    click.echo(f"{done['segments']} segments of {done['videos']} videos {would}written to {out}")
+    if o["dry_run"]:
+        for file in plan.texts:
+            click.echo(f"write   {file}")
+    for file in plan.stale:
+        click.echo(f"{'remove ' if o['dry_run'] else 'removed'} {file}")

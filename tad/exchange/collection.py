@@ -203,7 +203,7 @@ def check_times(collection: Collection, tool: str) -> None:
     table = collection.segments
     bad = np.flatnonzero(((table["start_s"] < 0) | (table["end_s"] < table["start_s"])).to_numpy())
     if len(bad):
-        video, start_s, end_s = table.loc[bad[0], ["video", "start_s", "end_s"]]
+        video, start_s, end_s = table.iloc[bad[0]][["video", "start_s", "end_s"]]
         raise AnnotationError(
             f"video {video!r}: {start_s:g} s to {end_s:g} s is negative or ends before it starts, which {tool} cannot "
             "hold; correct or leave out such predictions"
@@ -228,12 +228,14 @@ def seconds_of(first: float, last: float, fps: float) -> tuple[float, float]:
 
 def _check_truth(table: pd.DataFrame, problems: Problems) -> None:
     starts, ends = table["start_s"].to_numpy(), table["end_s"].to_numpy()
-    for row in np.flatnonzero((starts < 0) | (ends < starts)):
+    for row in np.flatnonzero((starts < 0) | (ends < starts)).tolist():
         where = f"row {row}, video {table['video'].iloc[row]!r}"
         if starts[row] < 0:
             problems.add(where, f"the start {starts[row]:g} s is negative; times count from the video's beginning")
         else:
-            problems.add(where, f"the end {ends[row]:g} s lies before the start {starts[row]:g} s; swap or correct them")
+            problems.add(
+                where, f"the end {ends[row]:g} s lies before the start {starts[row]:g} s; swap or correct them"
+            )
 
 
 def _checked_videos(known: pd.DataFrame, problems: Problems) -> pd.DataFrame:
@@ -244,7 +246,7 @@ def _checked_videos(known: pd.DataFrame, problems: Problems) -> pd.DataFrame:
     for name in ("duration_s", "fps"):
         values = pd.to_numeric(known[name], errors="coerce").astype("float64")
         bad = (values.isna() & known[name].notna()) | (values <= 0) | (values == math.inf)
-        for row in np.flatnonzero(bad.to_numpy()):
+        for row in np.flatnonzero(bad.to_numpy()).tolist():
             problems.add(
                 f"video {known['video'].iloc[row]!r}",
                 f"{name} must be a positive number, or NaN if unknown; got {shown(known[name].iloc[row])}",

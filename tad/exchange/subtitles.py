@@ -3,112 +3,137 @@
 from __future__ import annotations
 
 import functools
+import html
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from tad.annotations._files import Problems, read_text, write_atomically
+from tad.annotations._files import Problems, read_text
 from tad.errors import AnnotationError
-from tad.exchange.collection import Collection, Format, Options, file_name, files_in, video_of
+from tad.exchange.collection import Collection, Format, Options, check_times
+from tad.exchange.files import file_name, folder_for, videos_in
 
 SCORED = re.compile(r"(.+) · (\d+(?:\.\d+)?(?:e-?\d+)?)", re.DOTALL)  # "Diving · 0.8731"
+PREDICTIONS = "NOTE tad: predictions"  # in WebVTT without a cue, where no score says so
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:[ \t].*)?")
-_ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_NO_CUE = re.compile(r"(?:NOTE(?:[ \t].*)?|STYLE[ \t]*|REGION[ \t]*)")  # a block of WebVTT that begins so
+_SRT_MARKUP = re.compile(r"</?(?:[bius]|font)(?:\s[^<>]*)?/?>|\{\\[^{}]*\}", re.IGNORECASE)  # <i>, {\an8}
+_VTT_MARKUP = re.compile(r"<[^<>]*>")  # voices, classes, italics, times
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def _read(path: Path, options: Options, *, suffix: str) -> Collection:
     """Cues as segments; ``label · score`` in every cue of all files makes them predictions."""
     rows: list[tuple[str, float, float, str]] = []
-    videos = []
-    for file in files_in(path, suffix):
-        videos.append(video_of(file))
-        rows += [(videos[-1], *cue) for cue in _cues(file, suffix)]
+    marked = False
+    files = videos_in(path, suffix)
+    for video, file in files.items():
+        cues, predicted = _cues(file, suffix)
+        marked |= predicted
+        rows += [(video, *cue) for cue in cues]
     table = pd.DataFrame(rows, columns=["video", "start_s", "end_s", "label"])
     matches = [SCORED.fullmatch(text) for text in table["label"]]
     scored = [match for match in matches if match is not None]
-    if rows and len(scored) == len(rows):
+    notes = []
+    if len(scored) == len(rows) and (rows or marked):
         table["label"] = [match[1] for match in scored]
         table["score"] = [float(match[2]) for match in scored]
-    return Collection.of(table, pd.DataFrame({"video": videos}), what=str(path))
+    elif marked:
+        raise AnnotationError(f"{path} holds predictions, and {len(rows) - len(scored)} cues have no score; add it")
+    elif scored:
+        notes.append(f"{len(scored)} of {len(rows)} cues end in a score and the others do not: all are read as labels")
+    return Collection.of(table, pd.DataFrame({"video": list(files)}), notes=notes, what=str(path))
 
 
-def _cues(file: Path, suffix: str) -> list[tuple[float, float, str]]:
-    if file.is_file() and file.stat().st_size == 0:
-        return []  # an SRT file without a cue
+def _cues(file: Path, suffix: str) -> tuple[list[tuple[float, float, str]], bool]:
+    """The cues, and whether the file says of itself that they are predictions."""
+    if suffix == ".srt" and file.is_file() and file.stat().st_size == 0:
+        return [], False  # an SRT file without a cue
     lines = read_text(file).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if suffix == ".vtt":
-        if not lines[0].startswith("WEBVTT"):
-            raise AnnotationError(f"{file} is no WebVTT: it must begin with WEBVTT, got {lines[0][:40]!r}")
-        lines = lines[1:]
+    vtt = suffix == ".vtt"
+    if vtt and not re.match(r"WEBVTT(?:[ \t]|$)", lines[0]):
+        raise AnnotationError(f"{file} is no WebVTT: it must begin with WEBVTT, got {lines[0][:40]!r}")
     problems = Problems(file)
     cues = []
-    number = 0
+    number = 1 if vtt else 0
+    predicted = False
     while number < len(lines):
-        line = lines[number]
+        line, at = lines[number], number + 1
         number += 1
+        if vtt and _NO_CUE.fullmatch(line) and (at == 2 or not lines[at - 2].strip()):
+            predicted |= line == PREDICTIONS
+            while number < len(lines) and lines[number].strip():
+                number += 1
+            continue
         if "-->" not in line:
-            continue  # a cue's number or name, a comment, an empty line
-        match = _TIMING.fullmatch(line)
+            continue  # a cue's number or name, an empty line
         text: list[str] = []
-        while number < len(lines) and lines[number].strip():
+        while number < len(lines) and lines[number].strip() and "-->" not in lines[number]:
             text.append(lines[number])
             number += 1
+        if len(text) > 1 and number < len(lines) and "-->" in lines[number] and text[-1].strip().isdecimal():
+            text.pop()  # the next cue's number, with no empty line before it
+        match = _TIMING.fullmatch(line)
         if match is None:
-            problems.add(f"line {number - len(text)}", f"expected START --> END, got {line[:60]!r}")
+            problems.add(f"line {at}", f"expected START --> END, got {line[:60]!r}")
             continue
-        start_s, end_s = _seconds(match.groups()[:4]), _seconds(match.groups()[4:])
-        label = _unescape(" ".join(text).strip(), suffix)
+        label = _label_of("\n".join(text), suffix)
         if not label:
-            problems.add(f"line {number}", "the cue has no text to be the label")
-        cues.append((start_s, end_s, label))
+            problems.add(f"line {at}", "the cue has no text to be the label")
+        cues.append((_seconds(match.groups()[:4]), _seconds(match.groups()[4:]), label))
     problems.raise_if_any()
-    return cues
+    return cues, predicted
 
 
 def _seconds(parts: tuple[str | None, ...]) -> float:
     hours, minutes, seconds, thousandths = parts
-    whole = (int(hours or 0) * 60 + int(minutes or 0)) * 60 + int(seconds or 0)
-    return (whole * 1000 + int((thousandths or "0").ljust(3, "0"))) / 1000
+    try:
+        whole = (int(hours or 0) * 60 + int(minutes or 0)) * 60 + int(seconds or 0)
+        return (whole * 1000 + int((thousandths or "0").ljust(3, "0"))) / 1000
+    except (OverflowError, ValueError):  # hours of hundreds or thousands of digits
+        return float("inf")
 
 
-def _unescape(text: str, suffix: str) -> str:
-    if suffix != ".vtt":
-        return text
-    text = re.sub(r"<[^<>]*>", "", text)  # voices, classes, italics
-    for character, escape in reversed(_ESCAPES.items()):
-        text = text.replace(escape, character)
+def _label_of(text: str, suffix: str) -> str:
+    """What a cue's text says, without markup, on one line."""
+    text = html.unescape(_VTT_MARKUP.sub("", text)) if suffix == ".vtt" else _SRT_MARKUP.sub("", text)
+    return " ".join(text.split())
+
+
+def _text_of(label: str, suffix: str) -> str:
+    """A label as a cue's text. Raises :class:`AnnotationError` where reading would give another label."""
+    text = label.translate(_ESCAPES) if suffix == ".vtt" else label
+    if "-->" in text or len(label.splitlines()) != 1 or _label_of(text, suffix) != label:
+        raise AnnotationError(
+            f"label {label!r}: {suffix} subtitles keep no line breaks, --> or markup, and no spaces but single ones "
+            "between words; rename it"
+        )
     return text
 
 
-def _write(collection: Collection, path: Path, options: Options, *, suffix: str) -> list[Path]:
+def _render(collection: Collection, path: Path, options: Options, *, suffix: str) -> dict[Path, str]:
     """A folder with a file a video, cues by start. Segments may overlap: players show them one above the other."""
-    if path.suffix:
-        raise AnnotationError(f"{path}: subtitles are a file a video; name a folder")
-    for label in collection.segments["label"].unique():
-        if len(label.splitlines()) != 1 or "-->" in label or label.strip() != label:
-            raise AnnotationError(f"label {label!r}: a subtitle cannot hold line breaks, --> or spaces at the ends")
-        if not collection.scored and SCORED.fullmatch(label):
+    folder = folder_for(path, "the format")
+    check_times(collection, "a subtitle")
+    if collection.scored and (collection.segments["score"] < 0).any():
+        raise AnnotationError("subtitles hold no negative score; leave out what has one (min_score=0, --min-score 0)")
+    text_of = {label: _text_of(label, suffix) for label in collection.segments["label"].unique().tolist()}
+    for label in [] if collection.scored else text_of:
+        if SCORED.fullmatch(label):
             raise AnnotationError(f"label {label!r} would be read back as a label with a score; rename it")
-    written = []
+    texts = {}
     for video, rows in collection.by_video().items():
         parts = ["WEBVTT\n\n"] if suffix == ".vtt" else []
-        scores = rows["score"].tolist() if collection.scored else [None] * len(rows)
-        columns = zip(rows["start_s"].tolist(), rows["end_s"].tolist(), rows["label"].tolist(), scores, strict=True)
-        for number, (start_s, end_s, label, score) in enumerate(columns, start=1):
-            if min(start_s, end_s) < 0 or (score is not None and score < 0):
-                raise AnnotationError(
-                    f"video {video!r}: subtitles hold no negative time or score ({start_s:g} s, {score})"
-                )
-            if suffix == ".vtt":
-                label = "".join(_ESCAPES.get(character, character) for character in label)
-            text = label if score is None else f"{label} · {score:.4f}"
+        if suffix == ".vtt" and collection.scored and not rows:
+            parts.append(f"{PREDICTIONS}\n\n")
+        for number, (start_s, end_s, label, score) in enumerate(rows, start=1):
+            text = text_of[label]
+            text += "" if score is None else f" · {score + 0.0:.4f}"  # + 0.0 takes the sign off -0.0
             parts.append(f"{number}\n{_stamp(start_s, suffix)} --> {_stamp(end_s, suffix)}\n{text}\n\n")
-        file = path / file_name(video, suffix)
-        write_atomically(file, iter(parts))
-        written.append(file)
-    return written
+        texts[folder / file_name(video, suffix)] = "".join(parts)
+    return texts
 
 
 def _stamp(time_s: float, suffix: str) -> str:
@@ -120,8 +145,8 @@ def _stamp(time_s: float, suffix: str) -> str:
 
 
 def _format(title: str, suffix: str) -> Format:
-    read, write = functools.partial(_read, suffix=suffix), functools.partial(_write, suffix=suffix)
-    return Format(title, suffix, read, write, True, "±0.5 ms, scores to 4 digits")
+    read, render = functools.partial(_read, suffix=suffix), functools.partial(_render, suffix=suffix)
+    return Format(title, suffix, read, render, True, "±0.5 ms, scores to 4 digits")
 
 
 SRT = _format("SubRip subtitles", ".srt")

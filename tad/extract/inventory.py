@@ -73,6 +73,8 @@ def description_lines(found: Mapping[str, Any]) -> list[str]:
     if found["hash_prefix"]:
         lines.append(f"  sha256       begins with {found['hash_prefix']}")
     for key, value in (found["preprocessing"] or {}).items():
+        if key == "resize" and value is None:
+            continue  # the short side counts
         lines.append(f"  {key:12} {_text(value)}{' (of this file)' if key in found['spec'] else ''}")
     return lines + ([f"  {found['notes']}"] if found["notes"] else [])
 
@@ -126,7 +128,9 @@ def check_lines(report: Mapping[str, Any]) -> list[str]:
     if report["parameters"]:
         facts.append(f"  parameters {report['parameters']:,} in {report['tensors']} tensors, all of which landed")
     if report["preprocessing"]:
-        facts.append(f"  input      {', '.join(f'{k} {_text(v)}' for k, v in report['preprocessing'].items())}")
+        facts.append(
+            f"  input      {', '.join(f'{k} {_text(v)}' for k, v in report['preprocessing'].items() if k != 'resize' or v)}"
+        )
     facts += [f"  hint       {report['hint']}"] if report["hint"] else []
     return [f"{report['item']}: {'PROBLEM: ' + report['problem'] if report['problem'] else 'fine'}", *facts]
 
