@@ -128,9 +128,8 @@ def check_lines(report: Mapping[str, Any]) -> list[str]:
     if report["parameters"]:
         facts.append(f"  parameters {report['parameters']:,} in {report['tensors']} tensors, all of which landed")
     if report["preprocessing"]:
-        facts.append(
-            f"  input      {', '.join(f'{k} {_text(v)}' for k, v in report['preprocessing'].items() if k != 'resize' or v)}"
-        )
+        known = {key: value for key, value in report["preprocessing"].items() if key != "resize" or value}
+        facts.append(f"  input      {', '.join(f'{key} {_text(value)}' for key, value in known.items())}")
     facts += [f"  hint       {report['hint']}"] if report["hint"] else []
     return [f"{report['item']}: {'PROBLEM: ' + report['problem'] if report['problem'] else 'fine'}", *facts]
 
