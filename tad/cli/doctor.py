@@ -27,8 +27,9 @@ def doctor(ctx: click.Context, as_json: bool, **given: str | None) -> None:
     tad doctor --annotations truth.json --store features.zarr
     """
     from tad.doctor import doctor as look
+    from tad.progress import progress
 
-    checks = look(**given)
+    checks = look(**given, progress=progress)
     failed = sum(check.status == "fail" for check in checks)
     if as_json:
         show({"ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]})

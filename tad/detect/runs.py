@@ -70,13 +70,8 @@ FILES = (
     "failures.jsonl",
     "log.txt",
 )
-FEATURE_KEYS = (
-    "spec",
-    "fingerprint",
-    "channels",
-    "dtype",
-    "axis",
-)  # of every stream in features.json, beside its own info
+# of every stream in features.json, beside its own info
+FEATURE_KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
 
 
 # ---- the run itself --------------------------------------------------------------------------------------------------
@@ -108,11 +103,19 @@ class Run:
         classes, features = (read_json(path / name, of="detector's run") for name in ("classes.json", "features.json"))
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")
+        if not isinstance(features, dict):
+            raise RecipeError(f"run {path}: features.json must hold an object of streams")
         for stream in recipe.streams:
-            known = features.get(stream, {}) if isinstance(features, dict) else {}
+            known = features.get(stream, {})
+            if not isinstance(known, dict):
+                raise RecipeError(f"run {path}: features.json must hold an object for stream '{stream}', got {known!r}")
             lacking = [key for key in FEATURE_KEYS if key not in known]
             if lacking:
                 raise RecipeError(f"run {path}: features.json lacks {', '.join(lacking)} of stream '{stream}'")
+            wrong = [key for key, kind in FEATURE_KEYS.items() if type(known[key]) is not kind]
+            if wrong:
+                kinds = ", ".join(f"{key} must be of type {FEATURE_KEYS[key].__name__}" for key in wrong)
+                raise RecipeError(f"run {path}: features.json is malformed for stream '{stream}': {kinds}")
         return cls(path, recipe, classes, {stream: features[stream] for stream in recipe.streams})
 
     @property

@@ -33,3 +33,11 @@ def some(items: Sequence[object]) -> str:
     """The first few of a list, and how many there are."""
     text = ", ".join(str(item) for item in items[:SHOWN])
     return text + (f", ... ({len(items)} in all)" if len(items) > SHOWN else "")
+
+
+def cannot_look(group: str, error: ImportError | OSError) -> Check:
+    """The failed check of something that cannot be opened, or for which a library is missing or broken."""
+    if isinstance(error, ImportError):
+        text = f"cannot be looked at: {error}"
+        return Check(group, "readable", "fail", text, "install it first; the checks of the environment name all")
+    return Check(group, "readable", "fail", f"cannot be read: {error}")

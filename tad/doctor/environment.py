@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import multiprocessing
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -14,66 +14,41 @@ from pathlib import Path
 
 from tad._version import __version__
 from tad.doctor.checks import Check, Status
+from tad.doctor.packages import check_packages, installed
 
-DISTRIBUTION = "tad-pipeline"
+STORE_FILES = ("zarr.json", "__store__.json")  # a folder that holds one of them is a feature store
+NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS)
 MIN_FREE_GB = 5.0
 MIN_SHM_GB = 1.0
 GB = 1e9
 
 
-def check_environment(target: Path) -> list[Check]:
-    """``target`` is where features would be written: its disk and its locks are looked at."""
+def check_environment(target: Path | None) -> list[Check]:
+    """``target`` is the store, there or to be written: its disk and its locks are looked at.
+
+    None is no store on this machine: the current folder is looked at, where nothing need be written.
+    """
     python_ok = sys.version_info >= (3, 11)
     about = f"tad {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}"
     checks = [
         Check("environment", "python", "ok" if python_ok else "fail", about, "" if python_ok else "tad needs 3.11"),
-        *_packages(),
+        *check_packages(),
         *_torch(),
         *_decoders(),
     ]
-    folder = next(p for p in (target.absolute(), *target.absolute().parents) if p.is_dir())
-    return [*checks, *_disk(folder), _locks(folder), _shared_memory(), _processes()]
+    folder = _existing(target)
+    if target is not None and any(os.path.isfile(folder / name) for name in STORE_FILES):
+        places = [*_disk(folder), *_locks_of_store(folder)]
+    else:
+        places = [*_disk(folder), _locks(folder, refused="warn" if target is None else "fail")]
+    return [*checks, *places, _shared_memory(), _processes()]
 
 
-def _packages() -> list[Check]:
-    """Installed versions against what the package declares; optional ones are only noted."""
-    try:
-        requirements = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        text = f"{DISTRIBUTION} is not installed, so its requirements are not known"
-        return [Check("environment", "packages", "warn", text, "pip install -e .")]
-    found, missing, optional = [], [], []
-    for requirement in requirements:
-        match = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if match is None:
-            continue
-        name, extra = match[0], re.search(r"extra\s*==\s*['\"](\w+)['\"]", requirement)
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            if extra is None:
-                missing.append(name)
-            elif extra[1] != "test":
-                optional.append(f"{name} (extra {extra[1]})")
-    checks = [Check("environment", "packages", "ok", ", ".join(dict.fromkeys(found)))]
-    if missing:
-        text = f"missing: {', '.join(missing)}"
-        checks.append(Check("environment", "packages missing", "fail", text, f"pip install {' '.join(missing)}"))
-    if optional:
-        checks.append(Check("environment", "packages optional", "note", f"not installed: {', '.join(optional)}"))
-    both = [name for name in ("opencv-python", "opencv-contrib-python") if _installed(name)]
-    if both and _installed("opencv-python-headless"):
-        text = f"{' and '.join(both)} beside opencv-python-headless: they overwrite each other's files"
-        checks.append(Check("environment", "opencv", "warn", text, "keep one of them"))
-    return checks
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _existing(target: Path | None) -> Path:
+    """The folder itself or the nearest one above it; one behind a closed folder counts as absent."""
+    whole = Path(os.path.abspath(target or Path()))
+    # os.path, since Path.is_dir raises where a folder above may not be entered
+    return next((path for path in (whole, *whole.parents) if os.path.isdir(path)), Path(os.sep))
 
 
 def _torch() -> list[Check]:
@@ -106,7 +81,7 @@ def _decoders() -> list[Check]:
     advice = "" if has_ffmpeg else "install the wheel of opencv-python-headless, which has FFmpeg"
     text = f"OpenCV {cv2.__version__} {'with' if has_ffmpeg else 'without'} FFmpeg"
     checks = [Check("environment", "decoder", status, text, advice)]
-    if _installed("av"):
+    if installed("av"):
         checks.append(Check("environment", "decoder av1", "ok", f"PyAV {importlib.metadata.version('av')} reads AV1"))
     else:
         text = "OpenCV cannot decode AV1, and PyAV is not installed"
@@ -115,22 +90,29 @@ def _decoders() -> list[Check]:
 
 
 def _disk(folder: Path) -> list[Check]:
-    usage = shutil.disk_usage(folder)
+    try:
+        usage = shutil.disk_usage(folder)
+        inodes = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    except OSError as error:
+        return [Check("environment", "disk", "note", f"the disk of {folder} tells nothing: {error.strerror}")]
     free = usage.free / GB
     text = f"{free:.0f} GB free of {usage.total / GB:.0f} GB at {folder}"
     status: Status = "ok" if free >= MIN_FREE_GB else "warn"
     advice = "" if status == "ok" else "an hour of two-stream I3D features at stride 8 takes about 0.1 GB"
     checks = [Check("environment", "disk", status, text, advice)]
-    if hasattr(os, "statvfs") and (stat := os.statvfs(folder)).f_files:
-        share = stat.f_favail / stat.f_files
-        text = f"{stat.f_favail} files can still be made ({share:.0%})"
+    if inodes is not None and inodes.f_files:
+        share = inodes.f_favail / inodes.f_files
+        text = f"{inodes.f_favail} files can still be made ({share:.0%})"
         advice = "" if share > 0.05 else "a Zarr store has several files a video; HDF5 has one (--format hdf5)"
         checks.append(Check("environment", "inodes", "ok" if share > 0.05 else "warn", text, advice))
     return checks
 
 
-def _locks(folder: Path) -> Check:
-    """Whether files can be made, renamed and locked there: HDF5 locks, and stores rename."""
+def _locks(folder: Path, *, refused: Status) -> Check:
+    """Whether files can be made, renamed and locked there: HDF5 locks, and stores rename.
+
+    ``refused`` is the status where nothing may be written.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -141,14 +123,25 @@ def _locks(folder: Path) -> Check:
             with first.open("w") as file:
                 os.replace(first, second)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError as error:
-        return Check(
-            "environment", "locks", "fail", f"{folder} cannot be written to: {error.strerror}", "chmod, or --store"
-        )
     except OSError as error:
+        if error.errno in NO_WRITING:
+            text = f"{folder} cannot be written to: {error.strerror}"
+            return Check("environment", "locks", refused, text, "" if refused == "note" else "chmod, or another folder")
         text = f"files in {folder} cannot be locked or renamed: {error.strerror}"
         return Check("environment", "locks", "warn", text, "set HDF5_USE_FILE_LOCKING=FALSE, or use a Zarr store")
     return Check("environment", "locks", "ok", f"files in {folder} can be made, renamed and locked")
+
+
+def _locks_of_store(store: Path) -> list[Check]:
+    """The same for a store that is there, of which nothing is touched: what is tried is tried beside it."""
+    checks = []
+    if not os.access(store, os.W_OK | os.X_OK):
+        text = f"{store} can only be read, which is all that training and detection need; extraction writes to it"
+        checks.append(Check("environment", "store writable", "note", text))
+    if os.path.ismount(store):
+        text = f"{store} is a file system of its own: locks cannot be tried beside it"
+        return [*checks, Check("environment", "locks", "note", text)]
+    return [*checks, _locks(store.parent, refused="note")]
 
 
 def _shared_memory() -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,9 @@ def check_store(store: Store) -> list[Check]:
 
 def check_coverage(store: Store, truth: Truth) -> list[Check]:
     """Ids on one side only, durations that differ, segments behind the last row, segments shorter than a row."""
-    catalog = store.catalog()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged entries, which check_store reports
+        catalog = store.catalog()
     checks: list[Check] = []
     for stream in store.streams():
         part = catalog[catalog["stream"] == stream].drop_duplicates("video").set_index("video")
@@ -83,7 +86,8 @@ def _times(stream: str, part: pd.DataFrame, truth: Truth) -> list[Check]:
     known = truth.videos.set_index("video")["duration_s"].reindex(part.index)
     off = (stored - known).abs() > np.maximum(1.0, 0.02 * known)
     if off.any():
-        cases = [f"{v} {stored[v]:.1f} s against {known[v]:.1f} s" for v in part.index[off]]
+        pairs = zip(part.index[off], stored[off], known[off], strict=True)
+        cases = [f"{video} {here:.1f} s against {there:.1f} s" for video, here, there in pairs]
         text = f"{len(cases)} videos of {stream} last longer or shorter than the annotations say: {some(cases)}"
         checks.append(
             Check(GROUP, "durations", "warn", text, "another cut, or a wrong --fps at import? segments would drift")
@@ -95,6 +99,9 @@ def _times(stream: str, part: pd.DataFrame, truth: Truth) -> list[Check]:
             text = f"{stream} was made at {part['fps'].median():g} fps, the annotations speak of {rates.median():g}"
             checks.append(Check(GROUP, "fps", "note", text))
     segments = truth.segments[truth.segments["video"].isin(part.index)]
+    if segments.empty:
+        checks.append(Check(GROUP, "coverage", "note", f"no video of {stream} has a segment: nothing to cover"))
+        return checks
     rows = part.loc[segments["video"]]
     end_s = (
         rows["translation_s"] + (rows["rows"] - 1) * rows["scale_s"] + 0.5 * rows[["window_s", "scale_s"]].max(axis=1)

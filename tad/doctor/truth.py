@@ -8,6 +8,8 @@ from tad.annotations import Truth, canonical_subset
 from tad.doctor.checks import Check, some
 
 GROUP = "annotations"
+# The rule by which tad.detect.preflight chooses what to train on; kept here as well since that needs torch.
+TRAIN_NAMES = ("training", "train", "validation", "val")
 FEW = 5  # training segments that a class should have at least
 
 
@@ -17,8 +19,11 @@ def check_truth(truth: Truth) -> list[Check]:
     subsets = ", ".join(f"{name or 'no subset'} {count}" for name, count in videos["subset"].value_counts().items())
     about = f"{len(videos)} videos ({subsets}), {len(segments)} segments, {len(truth.classes)} classes"
     checks = [Check(GROUP, "content", "ok" if len(segments) else "fail", about)]
-    checks += _segments(truth)
-    checks += _classes(truth)
+    if truth.notes:
+        checks.append(Check(GROUP, "notes", "note", "; ".join(truth.notes)))
+    if len(segments):
+        checks += _segments(truth)
+        checks += _classes(truth)
     unknown = videos.loc[videos["duration_s"].isna(), "video"].tolist()
     if unknown:
         text = f"{len(unknown)} videos without a duration: {some(unknown)}"
@@ -28,6 +33,12 @@ def check_truth(truth: Truth) -> list[Check]:
         text = f"{len(empty)} videos have no segment: {some(empty)}"
         checks.append(Check(GROUP, "empty videos", "note", text, "they count as background, if that is what they are"))
     return checks
+
+
+def training_subset(truth: Truth) -> str | None:
+    """The subset that a detector would train on unless told otherwise; None where no subset has such a name."""
+    by_name = {name.lower(): name for name in truth.subsets}
+    return next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
 
 
 def _segments(truth: Truth) -> list[Check]:
@@ -86,20 +97,27 @@ def _overlaps(segments: pd.DataFrame) -> pd.Series:
 
 
 def _classes(truth: Truth) -> list[Check]:
-    canonical = truth.segments["subset"].map(canonical_subset)
-    training = truth.segments[canonical == "training"]
-    others = truth.segments[(canonical != "training") & (canonical != "")]
-    checks = []
-    if len(training) and len(others):
-        new = sorted(set(others["label"]) - set(training["label"]))
+    """Classes are learnt from the training subset alone, from all videos where no subsets are named."""
+    segments, checks = truth.segments, []
+    subset = training_subset(truth)
+    if subset is None and truth.subsets:
+        text = f"none of the subsets ({some(truth.subsets)}) is called {', '.join(TRAIN_NAMES)}"
+        checks.append(Check(GROUP, "training subset", "note", text, "to train on one: data.train_subset"))
+    else:
+        trains = (
+            pd.Series(True, index=segments.index)
+            if subset is None
+            else segments["subset"].map(canonical_subset) == canonical_subset(subset)
+        )
+        counts = segments.loc[trains, "label"].value_counts()
+        new = sorted(set(segments["label"]) - set(counts.index))
         if new:
-            text = f"{len(new)} classes occur outside the training videos only: {some(new)}"
+            text = f"{len(new)} classes occur outside the training videos (subset {subset!r}) only: {some(new)}"
             checks.append(Check(GROUP, "classes", "warn", text, "they cannot be learnt"))
-    counts = (training if len(training) else truth.segments)["label"].value_counts()
-    rare = [f"{name} ({count})" for name, count in counts[counts < FEW].items()]
-    if rare:
-        text = f"{len(rare)} classes have fewer than {FEW} training segments: {some(rare)}"
-        checks.append(Check(GROUP, "rare classes", "note", text))
+        rare = [f"{name} ({count})" for name, count in counts[counts < FEW].items()]
+        if rare:
+            text = f"{len(rare)} classes have fewer than {FEW} training segments: {some(rare)}"
+            checks.append(Check(GROUP, "rare classes", "note", text))
     spellings: dict[str, set[str]] = {}
     for name in truth.classes:
         spellings.setdefault("".join(name.lower().split()).replace("_", "").replace("-", ""), set()).add(name)
