@@ -56,6 +56,7 @@ def test_everything_shown_runs(name: str, folder: Path) -> None:
     if name == "exchange.md":
         assert len(read_predictions(folder / "corrected.json")) == len(read_predictions(folder / "found.json"))
         assert len(read_truth(folder / "truth.csv").segments) == len(read_truth(folder / "truth.json").segments)
+        assert read_truth(folder / "truth.csv").subsets == ["validation"]
     else:
         assert json.loads((folder / "doctor.json").read_text())["ok"]
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tad.annotations import read_predictions, read_truth
@@ -233,10 +234,55 @@ def test_malformed_files_of_other_tools(name: str, tmp_path: Path) -> None:
             unnamed += file.name not in str(error)
             refused += 1
             continue
-        assert found.segments[["start_s", "end_s"]].map(math.isfinite).all().all(), what
-        assert found.segments["label"].map(lambda label: isinstance(label, str) and bool(label.strip())).all(), what
+        check_collection(found, what)
     assert refused > 10
     assert not unnamed
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["truth", "predictions"])
+@pytest.mark.parametrize("name", ["via", "fiftyone", "labelstudio"])
+def test_every_value_of_other_tools_files(name: str, scored: bool, tmp_path: Path) -> None:
+    """Every place of a small file, with every kind of junk in it, in order and not by chance."""
+    row = ("video_a", 1.0, 2.0, "Diving", 0.5)
+    table = pd.DataFrame([row], columns=["video", "start_s", "end_s", "label", "score"])
+    given = Collection.of(table if scored else table.drop(columns="score"))
+    (file,) = write_collection(given, tmp_path / f"{name}.json", format=name, fps=25)
+    document = {"x": json.loads(file.read_text())} if name == "labelstudio" else json.loads(file.read_text())
+    meant = [path for path in places(document) if path[0] not in ("project", "config")]  # VIA's own business
+    tried = refused = 0
+    unnamed = []
+    for path in meant:
+        for junk in JUNK:
+            tree = copy.deepcopy(document)
+            parent = tree
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = junk
+            file.write_bytes(json.dumps(tree["x"] if name == "labelstudio" else tree).encode("utf-8", "surrogatepass"))
+            tried += 1
+            what = f"{path} = {junk!r:.60}"
+            try:
+                found = read_collection(file, format=name, fps=25)
+            except AnnotationError as error:
+                if file.name not in str(error):
+                    unnamed.append(what)
+                refused += 1
+                continue
+            check_collection(found, what)
+    assert not unnamed
+    assert tried == len(meant) * len(JUNK)
+    assert refused > tried // 5
+
+
+def check_collection(found: Collection, what: str) -> None:
+    """A table as all of tad expects it, which can be written again."""
+    assert found.segments[["start_s", "end_s"]].map(math.isfinite).all().all(), what
+    assert found.segments["label"].map(lambda label: isinstance(label, str) and bool(label.strip())).all(), what
+    assert found.videos["video"].map(lambda video: isinstance(video, str) and bool(video.strip())).all(), what
+    assert not found.videos["video"].duplicated().any(), what
+    assert not ((found.videos["fps"] <= 0) | (found.videos["fps"] == math.inf)).any(), what
+    if not found.scored:
+        assert ((found.segments["start_s"] >= 0) & (found.segments["end_s"] >= found.segments["start_s"])).all(), what
 
 
 def read_truth_of(document: dict[str, Any], folder: Path) -> Collection:

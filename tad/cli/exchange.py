@@ -37,6 +37,7 @@ def convert(source: str, to: str, from_: str | None, out: str, as_json: bool, **
     tad convert found.json --to webvtt -o subtitles/ --min-score 0.3
     tad convert project.json --to activitynet --new-subset validation -o truth.json
     """
+    import os
     from pathlib import Path
 
     from tad.annotations import read_truth
@@ -45,7 +46,7 @@ def convert(source: str, to: str, from_: str | None, out: str, as_json: bool, **
 
     inputs = [Path(source)]
     known = None
-    if Path(out).resolve() == inputs[0].resolve():
+    if os.path.realpath(out) == os.path.realpath(source):
         raise AnnotationError(f"{out} is read from; name another file or folder to write")
     if o["annotations"]:
         inputs.append(Path(o["annotations"]))
@@ -60,6 +61,9 @@ def convert(source: str, to: str, from_: str | None, out: str, as_json: bool, **
         collection, out, format=to, fps=o["fps"], subset=o["new_subset"], media=o["media"], overwrite=o["overwrite"]
     )
     plan.keep(*inputs)
+    bare = len(collection.videos) - collection.segments["video"].nunique()
+    if to == "csv" and bare:
+        say(f"note: CSV has no place for a video without a segment: {bare} videos left out")
     if not o["dry_run"]:
         plan.write()
     done = {

@@ -99,7 +99,11 @@ class Run:
             raise RecipeError(f"run {path} does not exist; 'tad train-detector ... -o {path}' makes one")
         if not (path / "recipe.yaml").is_file():
             raise RecipeError(f"run {path} has no recipe.yaml: is it the folder of a detector's run?")
-        recipe = validated(DetectRecipe, load_mapping(path / "recipe.yaml"), where=str(path / "recipe.yaml"))
+        try:
+            given = load_mapping(path / "recipe.yaml")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"run {path}: recipe.yaml is not UTF-8 text: {error}") from error
+        recipe = validated(DetectRecipe, given, where=str(path / "recipe.yaml"))
         classes, features = (read_json(path / name, of="detector's run") for name in ("classes.json", "features.json"))
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")

@@ -126,7 +126,9 @@ def _locks(folder: Path, *, refused: Status) -> Check:
     except OSError as error:
         if error.errno in NO_WRITING:
             text = f"{folder} cannot be written to: {error.strerror}"
-            return Check("environment", "locks", refused, text, "" if refused == "note" else "chmod, or another folder")
+            if refused == "note":
+                return Check("environment", "locks", refused, f"locks are not tried: {text}")
+            return Check("environment", "locks", refused, text, "chmod, or another folder")
         text = f"files in {folder} cannot be locked or renamed: {error.strerror}"
         return Check("environment", "locks", "warn", text, "set HDF5_USE_FILE_LOCKING=FALSE, or use a Zarr store")
     return Check("environment", "locks", "ok", f"files in {folder} can be made, renamed and locked")
@@ -141,7 +143,7 @@ def _locks_of_store(store: Path) -> list[Check]:
     if os.path.ismount(store):
         text = f"{store} is a file system of its own: locks cannot be tried beside it"
         return [*checks, Check("environment", "locks", "note", text)]
-    return [*checks, _locks(store.parent, refused="note")]
+    return [*checks, _locks(Path(os.path.realpath(store)).parent, refused="note")]
 
 
 def _shared_memory() -> Check:

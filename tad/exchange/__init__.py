@@ -69,8 +69,10 @@ def read_collection(
         pairs = zip(known["video"].tolist(), known["fps"].tolist(), strict=True)
         rates = {video: rate for video, rate in pairs if not math.isnan(rate)}
     options = Options(fps=fps, rates=rates)
-    name = format or format_of(path)
-    collection = _format(name).read(path, options)
+    try:
+        collection = _format(format or format_of(path)).read(path, options)
+    except OSError as error:
+        raise AnnotationError(f"{path} cannot be read: {error.strerror or error}") from error
     return collection if known is None else collection.filled(known)
 
 
@@ -86,8 +88,14 @@ def plan_collection(
 ) -> Plan:
     """What :func:`write_collection` would write and remove; nothing is touched. Parameters and errors are its own."""
     path, kind = Path(path), _format(format)
-    texts = kind.render(collection, path, Options(fps=fps, subset=subset, media=media))
-    return Plan.of(texts, path, kind.suffix if kind.folder else None, overwrite=overwrite)
+    if "\0" in str(path):
+        raise AnnotationError(f"{str(path)!r} is no path: it holds a null character")
+    options = Options(fps=fps, subset=subset, media=media)
+    try:
+        texts = kind.render(collection, path, options)
+        return Plan.of(texts, path, kind.suffix if kind.folder else None, overwrite=overwrite)
+    except OSError as error:
+        raise AnnotationError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_collection(

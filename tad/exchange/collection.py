@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tad.annotations import Truth, canonical_subset, check_segments
-from tad.annotations._files import Problems, bad_text, shown
+from tad.annotations._files import Problems, as_number, bad_text, shown
 from tad.errors import AnnotationError
 
 VIDEO_COLUMNS = {"video": "str", "subset": "str", "duration_s": "float64", "fps": "float64"}
@@ -74,14 +74,13 @@ class Collection:
         known = videos.videos if isinstance(videos, Truth) else videos
         if known is None:
             known = pd.DataFrame({"video": pd.Series(dtype="str")})
-        known = known.reindex(columns=list(VIDEO_COLUMNS)).drop_duplicates("video")
+        known = _checked_videos(known.reindex(columns=list(VIDEO_COLUMNS)), problems)
         listed = set(known["video"].tolist())
         extra = [video for video in dict.fromkeys(table["video"].tolist()) if video not in listed]
         if extra:
-            known = pd.concat([known, pd.DataFrame({"video": extra}).reindex(columns=list(VIDEO_COLUMNS))])
-        known = _checked_videos(known.reset_index(drop=True), problems)
-        problems.raise_if_any()
-        return cls(table, known, tuple(notes))
+            new = pd.DataFrame({"video": extra, "subset": "", "duration_s": math.nan, "fps": math.nan})
+            known = pd.concat([known, new.astype(VIDEO_COLUMNS)])
+        return cls(table, known.reset_index(drop=True), tuple(notes))
 
     def select(
         self, *, min_score: float | None = None, max_segments: int | None = None, subset: str | None = None
@@ -168,7 +167,8 @@ class Options:
 
     def fps_of(self, video: str) -> float | None:
         """The frame rate to take for a video whose file does not say it."""
-        return self.rates.get(video, self.fps)
+        fps = self.rates.get(video, self.fps)
+        return None if fps is None else float(fps)  # numpy's numbers are no JSON
 
 
 @dataclass(frozen=True)
@@ -239,17 +239,28 @@ def _check_truth(table: pd.DataFrame, problems: Problems) -> None:
 
 
 def _checked_videos(known: pd.DataFrame, problems: Problems) -> pd.DataFrame:
-    for row, video in enumerate(known["video"].tolist()):
+    """A table with a row a video, the first of each; raises with all problems, those that were found before too."""
+    ids = known["video"].tolist()
+    for row, video in enumerate(ids):
         if (complaint := bad_text(video, "the video id")) is not None:
             problems.add(f"video {row}", complaint)
-    known["subset"] = known["subset"].where(known["subset"].notna(), "")
+    columns: dict[str, list[object]] = {"video": ids, "subset": []}
+    for video, subset in zip(ids, known["subset"].tolist(), strict=True):
+        if not _missing(subset) and not isinstance(subset, str):
+            problems.add(f"video {shown(video)}", f"subset must be text, got {shown(subset)}")
+        columns["subset"].append("" if _missing(subset) else subset)
     for name in ("duration_s", "fps"):
-        values = pd.to_numeric(known[name], errors="coerce").astype("float64")
-        bad = (values.isna() & known[name].notna()) | (values <= 0) | (values == math.inf)
-        for row in np.flatnonzero(bad.to_numpy()).tolist():
-            problems.add(
-                f"video {known['video'].iloc[row]!r}",
-                f"{name} must be a positive number, or NaN if unknown; got {shown(known[name].iloc[row])}",
-            )
-        known[name] = values
-    return known.astype(VIDEO_COLUMNS) if not problems.found else known
+        columns[name] = []
+        for video, value in zip(ids, known[name].tolist(), strict=True):
+            number = math.nan if _missing(value) else as_number(value)
+            if number is None or number <= 0 or number == math.inf:
+                problems.add(
+                    f"video {shown(video)}", f"{name} must be a positive number, or NaN if unknown; got {shown(value)}"
+                )
+            columns[name].append(number)
+    problems.raise_if_any()
+    return pd.DataFrame(columns).astype(VIDEO_COLUMNS).drop_duplicates("video")
+
+
+def _missing(value: object) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))

@@ -115,7 +115,7 @@ def _text_of(label: str, suffix: str) -> str:
 
 def _render(collection: Collection, path: Path, options: Options, *, suffix: str) -> dict[Path, str]:
     """A folder with a file a video, cues by start. Segments may overlap: players show them one above the other."""
-    folder = folder_for(path, "the format")
+    folder = folder_for(path, "subtitles")
     check_times(collection, "a subtitle")
     if collection.scored and (collection.segments["score"] < 0).any():
         raise AnnotationError("subtitles hold no negative score; leave out what has one (min_score=0, --min-score 0)")
