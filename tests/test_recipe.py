@@ -66,3 +66,9 @@ def test_recipes_are_frozen_values() -> None:
     assert recipe == ExtractRecipe(backbone="i3d-rgb", crop=(224, 224))
     with pytest.raises(ValueError, match="frozen"):
         recipe.backbone = "other"  # type: ignore[misc]
+
+
+def test_a_recipe_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"detector: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml is not UTF-8"):
+        load_mapping(tmp_path / "r.yaml")

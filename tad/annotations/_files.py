@@ -196,7 +196,7 @@ def write_atomically(path: str | Path, chunks: Iterator[str]) -> None:
     AnnotationError : the folder or the file cannot be written.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    scratch = path.with_name(f".{uuid.uuid4().hex}.tmp")  # short: a name may have 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -209,3 +209,5 @@ def write_atomically(path: str | Path, chunks: Iterator[str]) -> None:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise AnnotationError(f"{path} cannot be written: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise AnnotationError(f"{str(path)!r} is no path: {error}") from None
