@@ -167,3 +167,63 @@ def store_import(
         )
     if report.skipped:
         ctx.exit(PARTLY)
+
+
+@store.command("pack")
+@click.argument("path")
+@click.option("--zip", "folder", type=click.Path(file_okay=False), help="Folder for one .zarr.zip a stream (Zarr).")
+@click.option("--h5", "file", type=click.Path(dir_okay=False), help="One file for all streams (HDF5).")
+@click.option("--stream", "streams", multiple=True, help="Only this stream; repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+def store_pack(path: str, folder: str | None, file: str | None, streams: tuple[str, ...], overwrite: bool) -> None:
+    """Pack the store at PATH into few large files, for handing on; zarr or h5py read them.
+
+    \b
+    tad store pack features.zarr --zip packed/
+    tad store pack features-h5 --h5 features.h5
+    """
+    from tad.store import open_store
+    from tad.store.pack import pack_h5, pack_zip
+
+    if (folder is None) == (file is None):
+        raise click.UsageError("give --zip FOLDER for a Zarr store, or --h5 FILE for an HDF5 store")
+    with open_store(path) as opened:
+        chosen = list(streams) or None
+        if folder is not None:
+            done = pack_zip(opened, folder, streams=chosen, overwrite=overwrite)
+        else:
+            done = [pack_h5(opened, str(file), streams=chosen, overwrite=overwrite)]
+    for one in done:
+        click.echo(f"{one}: {one.stat().st_size / 1e6:.1f} MB")
+
+
+@store.command("export")
+@click.argument("path")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--stream", required=True, help="The stream.")
+@click.option("--level", help="Its level.  [default: features, else the finest]")
+@click.option("--layout", type=click.Choice(["TC", "CT"]), default="TC", show_default=True, help="Which axis is first.")
+@click.option("--format", type=click.Choice(["npy", "npz"]), default="npy", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Write files again that are there.")
+@as_json
+@click.pass_context
+def store_export(ctx: click.Context, /, path: str, folder: str, stream: str, as_json: bool, **o: Any) -> None:
+    """Write a stream of the store at PATH into FOLDER: a file a video, and index.json with their time axes.
+
+    \b
+    tad store export features.zarr i3d_npy/ --stream i3d-rgb
+    """
+    from tad.store import open_store
+    from tad.store.exporters import export_features
+
+    with open_store(path) as opened:
+        report = export_features(opened, stream, folder, **o)
+    for video, why in report.failures:
+        say(f"failed {video}: {why}")
+    if as_json:
+        show(report.to_dict())
+    else:
+        counts = f"{len(report.written)} files written, {len(report.already)} already there"
+        click.echo(f"{counts}, {len(report.failures)} failed")
+    if report.failures:
+        ctx.exit(PARTLY)

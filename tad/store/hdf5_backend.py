@@ -123,7 +123,7 @@ class Hdf5Backend:
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
             with h5py.File(temporary, "w", locking=False, userblock_size=_BLOCK) as file:
-                _write_attrs(file.attrs, sealed(attrs), where=target)
+                write_attrs(file.attrs, sealed(attrs), where=target)
                 for level, array in arrays.items():
                     rows = chunk_rows(array.shape, array.dtype.itemsize)
                     chunks = (rows, *array.shape[1:])
@@ -217,10 +217,10 @@ class Hdf5Backend:
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
             with h5py.File(temporary, "w", locking=False) as file:
-                _write_attrs(file.attrs, self.root_attrs() or {}, where=target)
+                write_attrs(file.attrs, self.root_attrs() or {}, where=target)
                 for stream, videos in found.items():
                     group = file.create_group(stream)
-                    _write_attrs(group.attrs, self.stream_attrs(stream) or {}, where=f"{target}/{stream}")
+                    write_attrs(group.attrs, self.stream_attrs(stream) or {}, where=f"{target}/{stream}")
                     for video in videos:
                         group[video] = h5py.ExternalLink(f"{stream}/{video}{_SUFFIX}", "/")
             if self.files.fsync:
@@ -270,7 +270,7 @@ def _json(attrs: Mapping[str, Any]) -> bytes:
     return json.dumps(attrs, indent=1).encode()
 
 
-def _write_attrs(target: Any, attrs: Mapping[str, Any], *, where: str) -> None:
+def write_attrs(target: Any, attrs: Mapping[str, Any], *, where: str) -> None:
     as_json = []
     for name, value in attrs.items():
         if not _is_native(value):
