@@ -439,7 +439,17 @@ def test_port_is_the_layout_s_unless_told(shared: Path) -> None:
         load_backbone(twice)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in BACKBONES.items() if entry.layouts])
+LARGE = ("r101", "r2plus1d-34", "vivit", "timesformer", "videomae", "csn-152")  # of seconds each: `-m slow`
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if any(part in name for part in LARGE) else ())
+        for name, entry in BACKBONES.items()
+        if entry.layouts
+    ],
+)
 def test_a_saved_state_dict_loads_back(name: str, tmp_path: Path) -> None:
     backbone = build_backbone(name, "random:5")
     torch.save(backbone.state_dict(), tmp_path / "own.pt")
