@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from tad.errors import StoreError
 from tad.store.api import Store
+from tad.store.files import replaced
 from tad.store.names import encode_name
 
 INDEX = "index.json"
@@ -96,7 +95,7 @@ def export_features(
                 continue
             rows.append(_described(video, file, feature))
         text = json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1, ensure_ascii=False) + "\n"
-        _replace(folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+        replaced(folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
     return report
@@ -114,20 +113,11 @@ def _described(video: str, file: str, feature: Any) -> tuple[Any, ...]:
 
 def _write(path: Path, array: np.ndarray) -> None:
     if path.suffix == ".npz":
-        _replace(path, lambda place: _saved(place, lambda file: np.savez(file, feats=array)))
+        replaced(path, lambda place: _saved(place, lambda file: np.savez(file, feats=array)))
     else:
-        _replace(path, lambda place: _saved(place, lambda file: np.save(file, array, allow_pickle=False)))
+        replaced(path, lambda place: _saved(place, lambda file: np.save(file, array, allow_pickle=False)))
 
 
 def _saved(place: Path, save: Callable[[Any], Any]) -> None:
     with place.open("wb") as file:  # a file, not a name: NumPy would add its suffix
         save(file)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

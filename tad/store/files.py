@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -230,3 +230,13 @@ def sync_path(path: str) -> None:
 def is_older(written: float | None, age_s: float) -> bool:
     """Whether something was written more than ``age_s`` seconds ago; an unknown time only if ``age_s <= 0``."""
     return age_s <= 0 or (written is not None and time.time() - written > age_s)
+
+
+def replaced(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` make a file beside ``path``, then give it this name at once."""
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

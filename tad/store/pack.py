@@ -6,14 +6,13 @@ with zarr or h5py alone; tad itself works on stores.
 
 from __future__ import annotations
 
-import os
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tad.errors import StoreError, did_you_mean
 from tad.store.api import Store
+from tad.store.files import replaced
 from tad.store.hdf5_backend import write_attrs
 from tad.store.names import encode_name
 
@@ -103,12 +102,8 @@ def _replace(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> P
     if path.exists() and not overwrite:
         raise StoreError(f"{path} is there already: name another place, or overwrite it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        write(partial)
-        os.replace(partial, path)
+        replaced(path, write)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
