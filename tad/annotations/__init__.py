@@ -7,9 +7,18 @@ Segments are rows ``video, start_s, end_s, label`` (predictions add ``score``); 
 
 from tad.annotations._predictions import check_segments, predictions_json, read_predictions, write_predictions
 from tad.annotations._scores import read_scores_about, read_video_scores, write_video_scores
-from tad.annotations._truth import Truth, canonical_subset, read_annotations, read_truth, read_videos
+from tad.annotations._truth import (
+    TRAIN_NAMES,
+    Truth,
+    canonical_subset,
+    read_annotations,
+    read_truth,
+    read_videos,
+    training_subset,
+)
 
 __all__ = [
+    "TRAIN_NAMES",
     "Truth",
     "canonical_subset",
     "check_segments",
@@ -20,6 +29,7 @@ __all__ = [
     "read_truth",
     "read_video_scores",
     "read_videos",
+    "training_subset",
     "write_predictions",
     "write_video_scores",
 ]

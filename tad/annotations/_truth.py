@@ -34,6 +34,9 @@ _SPELLINGS = {"train": "training", "val": "validation", "test": "testing"}
 _KNOWN_SUBSETS = (*_SPELLINGS, *_SPELLINGS.values())
 
 
+TRAIN_NAMES = ("training", "train", "validation", "val")  # in this order; THUMOS14 trains on its validation videos
+
+
 @dataclass(frozen=True, eq=False)
 class Truth:
     """The content of an annotation file.
@@ -166,6 +169,14 @@ def read_videos(path: str | Path, subset: str | None = None, **options: Unpack[R
     """The videos of an annotation file: ``video, subset, duration_s, fps``; options as :func:`read_truth`."""
     truth = read_truth(path, **options)
     return truth.videos if subset is None else truth.subset(subset).videos
+
+
+def training_subset(truth: Truth) -> str | None:
+    """The subset that trainings take unless told otherwise, the first of ``TRAIN_NAMES`` that the file has; None where
+    it has none of them.
+    """
+    by_name = {name.lower(): name for name in truth.subsets}
+    return next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
 
 
 def canonical_subset(subset: str) -> str:

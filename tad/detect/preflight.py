@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tad.annotations import Truth
+from tad.annotations import TRAIN_NAMES, Truth
+from tad.annotations import training_subset as usual_subset
 from tad.detect.align import Sample, feature_of
 from tad.detect.data import CACHE_BYTES, RowTruth, row_truth
 from tad.detect.interface import LevelSpec
@@ -20,7 +21,6 @@ from tad.progress import ProgressFactory
 from tad.recipe import DataRecipe, DetectRecipe
 from tad.store import Feature, Store
 
-TRAIN_NAMES = ("training", "train", "validation", "val")  # in this order; THUMOS14 trains on its validation videos
 SHOWN = 5  # names of a list that a message spells out
 
 
@@ -159,10 +159,9 @@ def training_subset(truth: Truth, wanted: str | None) -> str | None:
     """The subset to train on, see :func:`plan_training`; None is all videos, where the annotations name no subsets."""
     if wanted is not None or not truth.subsets:
         return wanted
-    by_name = {name.lower(): name for name in truth.subsets}
-    for name in TRAIN_NAMES:
-        if name in by_name:
-            return by_name[name]
+    found = usual_subset(truth)
+    if found is not None:
+        return found
     raise RecipeError(
         f"annotations {truth.path} have no subset called {', '.join(TRAIN_NAMES)}, but: {', '.join(truth.subsets)}; "
         "name the one to train on: data.train_subset"

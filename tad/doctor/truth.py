@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from tad.annotations import Truth, canonical_subset
+from tad.annotations import TRAIN_NAMES, Truth, canonical_subset, training_subset
 from tad.doctor.checks import Check, some
 
 GROUP = "annotations"
-# The rule by which tad.detect.preflight chooses what to train on; kept here as well since that needs torch.
-TRAIN_NAMES = ("training", "train", "validation", "val")
 FEW = 5  # training segments that a class should have at least
 
 
@@ -33,12 +31,6 @@ def check_truth(truth: Truth) -> list[Check]:
         text = f"{len(empty)} videos have no segment: {some(empty)}"
         checks.append(Check(GROUP, "empty videos", "note", text, "they count as background, if that is what they are"))
     return checks
-
-
-def training_subset(truth: Truth) -> str | None:
-    """The subset that a detector would train on unless told otherwise; None where no subset has such a name."""
-    by_name = {name.lower(): name for name in truth.subsets}
-    return next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
 
 
 def _segments(truth: Truth) -> list[Check]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from tad.annotations import Truth
-from tad.errors import TadError
+from tad.annotations._files import write_atomically
 from tad.evaluate.proposals import ProposalResult
 from tad.evaluate.report.data import Curves, report_data
 
@@ -67,7 +65,7 @@ def build_report(
     Raises
     ------
     AnnotationError : a table lacks columns or holds missing or infinite values.
-    TadError : ``out`` cannot be written.
+    AnnotationError : ``out`` cannot be written.
     """
     path = Path(out)
     data = report_data(
@@ -87,16 +85,7 @@ def build_report(
         recipe=recipe,
         notes=notes,
     )
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page(data), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise TadError(f"the report {path} cannot be written: {error.strerror or error}") from error
+    write_atomically(path, iter([page(data)]))
     return path
 
 

@@ -111,7 +111,6 @@ class TokenBackbone(Backbone):
 
     patch_embed: Patches
     head: nn.Linear | None
-    dropout: float
 
     def grid(self, clips: Tensor) -> Triple:
         """Tokens in time, height and width that these clips are cut into.
@@ -136,10 +135,8 @@ class TokenBackbone(Backbone):
         return self.spec.frames // frames, self.spec.crop[0] // height, self.spec.crop[1] // width
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features (B, D) → logits (B, classes); dropout in training. Raises :class:`RecipeError` if there is none."""
-        if self.head is None:
-            return super().classify(features)
-        return self.head(F.dropout(features, self.dropout, self.training))
+        """See :meth:`Backbone.classify`."""
+        return self.classified(self.head, features)
 
 
 def sized(spec: BackboneSpec, *, frames: int, image_size: int, block: Triple, width: int) -> BackboneSpec:

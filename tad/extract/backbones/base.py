@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tad.errors import RecipeError
@@ -80,6 +81,7 @@ class Backbone(nn.Module):
     weights_id: str | None = None
     variant: str | None = None
     interpolate_positions: bool = False
+    dropout: float = 0.0  # before the classifier, in training
     arguments: dict[str, Any] | None = None
 
     def forward(self, clips: Tensor, *, levels: bool = False) -> dict[str, Tensor]:
@@ -95,7 +97,14 @@ class Backbone(nn.Module):
         ------
         RecipeError : there is none.
         """
-        raise RecipeError(f"{self.spec.name} has no classifier: its weights held none, or classes=None was given")
+        return self.classified(None, features)
+
+    def classified(self, layer: nn.Module | None, features: Tensor) -> Tensor:
+        """What :meth:`classify` does, with the network's own ``layer``."""
+        if layer is None:
+            raise RecipeError(f"{self.spec.name} has no classifier: its weights held none, or classes=None was given")
+        logits: Tensor = layer(F.dropout(features, self.dropout, self.training))
+        return logits
 
     def fuse(self) -> Backbone:
         """Fold what can be folded for inference (batch norms into convolutions), in place; the outputs stay the same

@@ -203,17 +203,8 @@ class I3D(Backbone):
         return {"features": features, "s2": s2, "s4": s4, "s8": s8} if levels else {"features": features}
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features (B, 1024) → logits (B, classes); dropout in training.
-
-        Raises
-        ------
-        RecipeError : there is no classifier.
-        """
-        if self.logits is None:
-            raise RecipeError(
-                f"{self.spec.name} has no classifier: its weights held no 'logits', or classes=None was given"
-            )
-        return self.logits(F.dropout(features, self.dropout, self.training))
+        """See :meth:`Backbone.classify`."""
+        return self.classified(self.logits, features)
 
     def fuse(self) -> I3D:
         """Fold every batch norm into its convolution, in place: the same outputs to rounding, a twentieth faster.

@@ -45,7 +45,6 @@ class ResidualBackbone(Backbone):
     the stages.
     """
 
-    dropout: float
     classifier: nn.Linear | None
 
     def get_extra_state(self) -> Tensor:
@@ -77,16 +76,8 @@ class ResidualBackbone(Backbone):
         return {**features, **dict(zip(self.spec.levels, maps, strict=True))} if levels else features
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features (B, D) → logits (B, classes); dropout in training.
-
-        Raises
-        ------
-        RecipeError : there is no classifier.
-        """
-        if self.classifier is None:
-            return super().classify(features)
-        logits: Tensor = self.classifier(F.dropout(features, self.dropout, self.training))
-        return logits
+        """See :meth:`Backbone.classify`."""
+        return self.classified(self.classifier, features)
 
 
 def arranged(clips: Tensor) -> Tensor:

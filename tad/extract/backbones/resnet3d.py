@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.extract.backbones.base import Backbone, BackboneSpec, LevelInfo
@@ -193,10 +192,7 @@ class ResNet3D(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """See :meth:`Backbone.classify`; features (B, 2048)."""
-        if self.projection is None:
-            return super().classify(features)
-        logits: Tensor = self.projection(F.dropout(features, self.dropout, self.training))
-        return logits
+        return self.classified(self.projection, features)
 
 
 def _stem_stride(source: str, stem_kernel: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tad.errors import RecipeError, did_you_mean
 from tad.extract.backbones.base import Backbone, BackboneSpec, LevelInfo
@@ -187,12 +186,9 @@ class SlowFast(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """See :meth:`Backbone.classify`; features (B, 2304) as ``forward`` gives them."""
-        if self.projection is None:
-            return super().classify(features)
         if self.source == "mmaction2":
             features = features.roll(FAST_WIDTH, dims=1)  # (slow, fast) -> (fast, slow)
-        logits: Tensor = self.projection(F.dropout(features, self.dropout, self.training))
-        return logits
+        return self.classified(self.projection, features)
 
 
 def _kernels(first: int, depths: Depths, temporal_blocks: int) -> Kernels:
