@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from tad.timeline import TimeAxis
 from tests.detect.toydetector import AXIS, Toy, make_world, toy_recipe
 
 
-def sample_of(rows: int, segments: list[tuple[float, float]] = (), axis: TimeAxis = AXIS) -> Sample:  # type: ignore[assignment]
+def sample_of(rows: int, segments: Sequence[tuple[float, float]] = (), axis: TimeAxis = AXIS) -> Sample:
     features = {"rgb": np.stack([np.arange(rows), np.arange(rows) ** 2], 1).astype(np.float32)}
     edges = np.array(segments, np.float32).reshape(-1, 2)
     return Sample("v", features, axis, float(axis.to_seconds(rows)), edges, np.arange(len(edges)))
