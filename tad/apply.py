@@ -13,11 +13,11 @@ import pandas as pd
 
 from tad.detect import detect
 from tad.detect.runs import Run
-from tad.errors import WeightsError
+from tad.errors import RecipeError, WeightsError
 from tad.extract.pipeline import Failure, extract
 from tad.extract.streams import recipe_of
 from tad.progress import ProgressFactory, silent
-from tad.recipe import ExtractRecipe, PostprocessRecipe
+from tad.recipe import ClassesRecipe, ExtractRecipe, PostprocessRecipe
 
 
 @dataclass
@@ -38,6 +38,9 @@ def detect_videos(
     device: str | None = None,
     batch: int = 8,
     postprocess: PostprocessRecipe | None = None,
+    classes: ClassesRecipe | None = None,
+    scores: pd.DataFrame | str | Path | None = None,
+    proposals: bool = False,
     progress: ProgressFactory = silent,
 ) -> VideoDetections:
     """Detections in ``videos`` with nothing but a run folder: its features are extracted exactly as those it was
@@ -49,6 +52,7 @@ def detect_videos(
     run : the folder that ``train_detector`` wrote.
     store : keep the features here and use those already there; by default they are thrown away.
     weights : stream → checkpoint, where the checkpoint is no longer where it was at extraction.
+    postprocess, classes, scores, proposals : see :func:`tad.detect.detect`.
 
     Raises
     ------
@@ -68,24 +72,28 @@ def detect_videos(
         complete = [video for video in dict.fromkeys(report.videos) if video not in failed]
         lost: list[Any] = []
         predictions = detect(
-            run=loaded, store=store, videos=complete, device=device, postprocess=postprocess, failures=lost
-        )
+            run=loaded, store=store, videos=complete, device=device, postprocess=postprocess, classes=classes,
+            scores=scores, proposals=proposals, failures=lost,
+        )  # fmt: skip
     failures = [*report.failures, *(Failure(f.video, "", list(recipes), f.error, f.message) for f in lost)]
     return VideoDetections(predictions, complete, failures)
 
 
 def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, ExtractRecipe]:
-    """The extraction recipe of every stream that ``run`` reads, its checkpoint found and verified.
+    """Extraction recipes of all streams that ``run`` and the runs inside it read, checkpoints found and verified.
 
     A checkpoint is looked for where ``weights`` says, then where it lay at extraction, then in the run's ``weights``
     folder.
     """
     recipes = {}
-    for stream, features in run.features.items():
+    known = {stream: (part, features) for part in reversed(run.parts) for stream, features in part.features.items()}
+    for stream, (part, features) in known.items():
+        if any(other.features.get(stream, features)["fingerprint"] != features["fingerprint"] for other in run.parts):
+            raise RecipeError(f"run {run.path} and the run inside it read two different streams called '{stream}'")
         spec: dict[str, Any] = features["spec"]
         weights_file = ""  # of imported features, which recipe_of refuses
         if not spec.get("imported"):
-            weights_file = _find_weights(stream, spec["weights"], features.get("weights_source"), run, weights)
+            weights_file = _find_weights(stream, spec["weights"], features.get("weights_source"), part, weights)
         recipes[stream] = recipe_of(spec, weights=weights_file)
     return recipes
 

@@ -41,6 +41,7 @@ class ExtractRecipe(Model):
     crop: tuple[int, int] | Literal["full"] | None = None
     flow: str | None = None
     levels: bool = False
+    maps: tuple[str, ...] = ()  # stage outputs kept with height and width, s4 as the level s4-map
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     interpolate_positions: bool = False  # let a transformer take another size or length than it was trained with
     port: str | None = None  # whose arithmetic, where implementations of the network differ; None: the checkpoint's
@@ -111,6 +112,44 @@ class PostprocessRecipe(Model):
     class_agnostic: bool = False
 
 
+class ClassifierRecipe(Model):
+    """How a classifier of whole videos is trained on stored features (``tad train-classifier``)."""
+
+    epochs: int = Field(default=15, ge=1)
+    batch_videos: int = Field(default=4, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    width: int = Field(default=64, ge=1)
+    dilations: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
+    rows_weight: float = Field(default=1.0, ge=0)  # of learning from segments; 0: from the labels of videos alone
+    # the weights to keep: those of the last epoch, or of the one that ranks the held-out videos best
+    select: Literal["last", "map"] = "last"
+
+
+class ClassesRecipe(Model):
+    """Where class-agnostic proposals get their classes: scores of whole videos, which multiply their own.
+
+    ``product`` is score times class score, ``sqrt`` its square root.
+    """
+
+    scores: str | None = None  # file of scores by video; None: a classifier trained along, on the stored features
+    softmax: float | None = Field(default=None, gt=0)  # the file holds logits: probabilities are softmax(factor * them)
+    top: int = Field(default=2, ge=1)  # so many of a video's best classes, for each of its proposals
+    combine: Literal["product", "sqrt"] = "product"
+    max_segments: int | None = Field(default=None, ge=1)  # the best of a video after that; None: all
+    classifier: ClassifierRecipe = ClassifierRecipe()  # how it is trained, where no scores are given
+
+
+class ProposalsRecipe(Model):
+    """Whose proposals a refining detector starts from."""
+
+    run: str | None = None  # folder of the run that finds them; it is copied into the new run
+    top: int = Field(default=100, ge=1)  # the best of a video after suppression
+    postprocess: PostprocessRecipe | None = None  # their suppression; None: that of their run
+
+
 class DetectRecipe(Model):
     """A detector's whole run: what it reads, what it is, how it learns, what happens to its output."""
 
@@ -121,6 +160,8 @@ class DetectRecipe(Model):
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
     postprocess: PostprocessRecipe = PostprocessRecipe()
+    classes: ClassesRecipe = ClassesRecipe()  # of class-agnostic detectors
+    proposals: ProposalsRecipe = ProposalsRecipe()  # of detectors that refine another one's
 
     @model_validator(mode="after")
     def _streams_are_distinct(self) -> DetectRecipe:

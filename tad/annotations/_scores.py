@@ -1,10 +1,10 @@
-"""Scores of whole videos by class: what ``tad classify`` writes and fusion reads, and the layout of CUHK's files."""
+"""Scores of whole videos by class: what ``tad classify`` writes and fusion reads, and what others share."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,54 @@ import numpy as np
 import pandas as pd
 
 from tad.annotations._files import Problems, as_number, bad_text, parse_json, read_text, shown, write_atomically
+from tad.annotations._score_formats import check_names, is_array_file, names_of, read_array_scores
 from tad.errors import AnnotationError
 
 VERSION = "tad-video-scores-1"
 _OWN = ("version", "classes", "results")
 
 
-def read_video_scores(path: str | Path) -> pd.DataFrame:
+def read_video_scores(
+    path: str | Path,
+    *,
+    videos: str | Path | Sequence[str] | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+) -> pd.DataFrame:
     """Read scores of videos: one row a video (index ``video``, in the file's order), one float column a class.
 
-    Read are the files of :func:`write_video_scores`, ``{"version", "classes": [...], "results": {video: [scores]}}``,
-    and those of the CUHK classifier that ActivityNet's systems share, ``{"class": [...], "results": {video:
-    [scores]}}``. Scores are given back as they are; whether they are probabilities is the file's business.
+    Read are, told apart by what they hold:
+
+    * JSON of :func:`write_video_scores`, ``{"version", "classes": [...], "results": {video: [scores]}}``;
+    * JSON of the CUHK classifier that ActivityNet's systems share, ``{"class": [...], "results": {video: [scores]}}``,
+      and TCANet's of HACS, where the scores are logits and stand in a list of their own, ``{video: [[logits]]}``;
+    * ``.npz`` with ``scores`` (videos, classes), and ``videos`` and ``classes`` as arrays of text;
+    * ``.npy`` or one-array ``.npz`` (videos, classes) with ``videos`` and ``classes`` given;
+    * UntrimmedNets' array of THUMOS14 (``uNet_test.npy``), which needs neither: row i is video number i + 1, the
+      columns are UCF101's 101 classes, and those of THUMOS14's 20 are returned.
+
+    Scores are given back as they are; whether they are probabilities is the file's business. Nothing is unpickled.
+
+    Parameters
+    ----------
+    videos, classes : ids of the rows and names of the columns where the file has none, or a text file with one a line.
 
     Raises
     ------
-    AnnotationError : unreadable or unknown file, repeated classes, rows of another length, scores that are not finite.
+    AnnotationError : unreadable or unknown file, repeated videos or classes, rows of another length, scores that are
+        not finite, names that are missing or given though the file has its own.
     """
     path = Path(path)
-    content = _content(path)
+    if is_array_file(path):
+        return read_array_scores(path, videos=names_of(videos, "video"), classes=names_of(classes, "class"))
+    if videos is not None:
+        raise AnnotationError(f"{path} names its videos itself: leave videos out")
+    content = _content(path, classes=names_of(classes, "class"))
     problems = Problems(path)
     names, results = content["classes"], content["results"]
-    for number, name in enumerate(names):
-        if (bad := bad_text(name, "a class")) is not None:
-            problems.add(f"class {number}", bad)
-    if not names:
-        problems.add("classes", "there is none")
-    seen = [name for name in names if isinstance(name, str)]
-    if twice := sorted({name for name in seen if seen.count(name) > 1}):
-        problems.add("classes", f"{', '.join(map(repr, twice))} more than once")
+    check_names(problems, names, "class")
     rows: list[list[float]] = []
-    for video, scores in results.items():
+    for video, given in results.items():
+        scores = given[0] if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list) else given
         numbers = [as_number(score) for score in scores] if isinstance(scores, list) else []
         if not isinstance(scores, list) or len(scores) != len(names):
             found = f"{len(scores)} scores" if isinstance(scores, list) else shown(scores)
@@ -107,15 +124,19 @@ def _chunks(scores: pd.DataFrame, values: np.ndarray, about: dict[str, Any]) -> 
     yield "\n}}\n"
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path, *, classes: list[str] | None = None) -> dict[str, Any]:
     """The file as ``classes``, ``results`` and the rest, its layout told by its keys."""
     content = parse_json(read_text(path), path)
     known = f'known layouts: {{"version": "{VERSION}", "classes", "results"}} and CUHK\'s {{"class", "results"}}'
     if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
         raise AnnotationError(f"{path} holds no scores of videos; {known}")
     key = "classes" if "classes" in content else "class"
+    if classes is not None:
+        if key in content:
+            raise AnnotationError(f"{path} names its classes itself: leave classes out")
+        return {**content, "classes": classes}
     if not isinstance(content.get(key), list):
-        raise AnnotationError(f"{path} names no classes; {known}")
+        raise AnnotationError(f"{path} names no classes; {known}; or give the classes beside it")
     version = content.get("version", VERSION)
     if key == "classes" and version != VERSION:
         raise AnnotationError(f"{path} is of version {shown(version)}, this tad reads {VERSION}; update tad")

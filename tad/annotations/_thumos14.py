@@ -26,6 +26,11 @@ CLASSES = (
     "VolleyballSpiking",
 )
 
+# Of each of CLASSES its number in UCF101's list of 101, counted from 1: the columns of classifiers trained on that.
+UCF101_NUMBERS = (7, 9, 12, 21, 22, 23, 24, 26, 31, 33, 36, 40, 45, 51, 68, 79, 85, 92, 93, 97)
+UCF101_CLASSES = 101
+VIDEOS = {"validation": 1010, "test": 1574}  # numbered from 1 in their ids; most of them have no segments
+
 AMBIGUOUS = "Ambiguous"  # marks what the annotators were unsure of; no class, scored by nobody
 
 VIDEO_ID = re.compile(r"video_(test|validation)_\d{7}")

@@ -11,9 +11,11 @@ import click
 from tad._version import __version__
 from tad.cli.analysis import compare, diagnose
 from tad.cli.backbone import classify, train_backbone
+from tad.cli.classifier import train_classifier
 from tad.cli.common import TadGroup
 from tad.cli.detection import detect, train_detector
 from tad.cli.doctor import doctor
+from tad.cli.ensemble import fuse
 from tad.cli.exchange import convert
 from tad.cli.extract import extract
 from tad.cli.report import plot, report
@@ -25,9 +27,11 @@ COMMANDS = (
     extract,
     store,
     train_backbone,
+    train_classifier,
     classify,
     train_detector,
     detect,
+    fuse,
     evaluate,
     report,
     plot,

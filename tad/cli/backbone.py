@@ -83,13 +83,16 @@ def _told(metrics: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("videos", nargs=-1, required=True)
+@click.argument("videos", nargs=-1)
 @click.option(
     "--weights",
-    required=True,
     metavar="RUN|FILE",
     type=click.Path(exists=True),
     help="Run folder of train-backbone, or a checkpoint that has a classifier.",
+)
+@click.option("--store", help="Score the videos of this feature store instead, with --run.")
+@click.option(
+    "--run", type=click.Path(exists=True, file_okay=False), help="Run folder of train-classifier, for --store."
 )
 @click.option("--backbone", metavar="NAME", help="What a checkpoint is of, where it could be of several networks.")
 @click.option("--classes", type=click.Path(exists=True, dir_okay=False), help="A checkpoint's class names, one a line.")
@@ -107,19 +110,37 @@ def _told(metrics: dict[str, Any]) -> str:
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="scores.json")
 @as_json
 @click.pass_context
-def classify(ctx: click.Context, videos: tuple[str, ...], weights: str, as_json: bool, **o: Any) -> None:
-    """Score whole VIDEOS by class, as the mean over clips; what is in -o already is not done again.
+def classify(
+    ctx: click.Context,
+    videos: tuple[str, ...],
+    weights: str | None,
+    store: str | None,
+    run: str | None,
+    as_json: bool,
+    **o: Any,
+) -> None:
+    """Score whole VIDEOS by class, as the mean over clips; what is in -o already is not done again. Or score the
+    videos of a feature store with a classifier that reads features.
 
     \b
     tad classify videos/ --weights runs/tuned -o scores.json
     tad classify videos/ --weights SLOWFAST.pyth --classes kinetics.txt --clips 10 -o scores.json
+    tad classify --store S --run runs/classifier --annotations A.json --subset validation -o scores.json
     """
-    from tad.extract.classify import classify as run
     from tad.progress import progress
 
     if o["subset"] and not o["annotations"]:
         raise click.UsageError("--subset needs --annotations, which say what it holds")
-    report = run(videos, weights=Path(weights), progress=progress, **o)
+    if store is not None or run is not None:
+        from tad.cli.classifier import classify_features
+
+        classify_features(ctx, videos=videos, weights=weights, store=store, run=run, as_json=as_json, **o)
+        return
+    if not videos or weights is None:
+        raise click.UsageError("name VIDEOS and --weights, or a feature --store and --run")
+    from tad.extract.classify import classify as classify_videos
+
+    report = classify_videos(videos, weights=Path(weights), progress=progress, **o)
     if as_json:
         show({
             "written": report.written,

@@ -71,7 +71,21 @@ def train_detector(
     "--weights", multiple=True, metavar="STREAM=FILE", help="Where a stream's checkpoint is now, if it was moved."
 )
 @click.option(
-    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override suppression, e.g. tiou=0.5 or method=soft_nms."
+    "--scores",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Class scores by video for a class-agnostic run.  [default: its own]",
+)
+@click.option("--proposals", is_flag=True, help="Proposals of a class-agnostic run as they are, without labels.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override suppression, e.g. tiou=0.5 or method=soft_nms; classes.top=3 for a class-agnostic run.",
+)
+@click.option("--raw", "raw_out", type=click.Path(dir_okay=False), help="Also write what was found before suppression.")
+@click.option(
+    "--maps", "maps_out", type=click.Path(dir_okay=False), help="Also write the maps behind it (bmn), for tad fuse."
 )
 @device_option
 @click.option(
@@ -95,7 +109,7 @@ def detect(
     tad detect --store S --annotations A.json --subset validation --run runs/talnet -o found.json
     """
     from tad.annotations import predictions_json, write_predictions
-    from tad.detect.recipes import postprocess_recipe
+    from tad.detect.recipes import result_recipes
     from tad.progress import progress
 
     if not videos and store is None:
@@ -104,7 +118,9 @@ def detect(
         raise click.UsageError("--subset and --annotations choose videos of a store; here VIDEOS are named")
     if wrong := [item for item in weights if "=" not in item]:
         raise click.UsageError(f"--weights {wrong[0]}: say which stream it is of, as STREAM=FILE")
-    suppression = postprocess_recipe(run, sets)
+    if videos and (o["raw_out"] or o["maps_out"]):
+        raise click.UsageError("--raw and --maps need features in a --store, without VIDEOS")
+    suppression, classes = result_recipes(run, sets)
     failures: list[Any] = []
     searched: list[str] = []
     if videos:
@@ -112,15 +128,17 @@ def detect(
 
         given = dict(item.split("=", 1) for item in weights)
         found = detect_videos(
-            videos, run=run, store=store, weights=given, device=o["device"], postprocess=suppression, progress=progress
-        )
+            videos, run=run, store=store, weights=given, device=o["device"], postprocess=suppression, classes=classes,
+            scores=o["scores"], proposals=o["proposals"], progress=progress,
+        )  # fmt: skip
         predictions, searched, failures = found.predictions, found.videos, found.failures
     elif store is not None:
         from tad.detect import detect as from_store
 
         predictions = from_store(
             run=run, store=store, subset=o["subset"], annotations=o["annotations"], device=o["device"],
-            postprocess=suppression, failures=failures, progress=progress,
+            postprocess=suppression, classes=classes, scores=o["scores"], proposals=o["proposals"],
+            raw_out=o["raw_out"], maps_out=o["maps_out"], failures=failures, progress=progress,
         )  # fmt: skip
     if o["out"]:
         write_predictions(o["out"], predictions, videos=searched)

@@ -78,6 +78,7 @@ def evaluate(
     levels = thresholds_of(tiou)
     truth = read_truth(annotations)
     grids: list[Any]
+    unlabelled = None  # the same proposals without the classes of whole videos, of a class-agnostic run
     if o["classification"]:
         part = scope(truth, protocol, subset)
         other = set(truth.videos["video"]) - set(part.truth.videos["video"])  # of other subsets: no false positives
@@ -89,12 +90,7 @@ def evaluate(
         if o["predictions"]:
             predictions = read_predictions(o["predictions"])
         else:
-            from tad.detect import detect as from_store
-
-            chosen = subset or score_subset(protocol)
-            predictions = from_store(
-                run=o["run"], store=o["store"], subset=chosen, annotations=truth, device=o["device"]
-            )
+            predictions, unlabelled = detected(o, subset or score_subset(protocol), truth)
         if o["proposals"] or ("label" not in predictions.columns and len(predictions)):
             if o["bootstrap"] is not None:
                 raise click.UsageError("--bootstrap gives intervals of mAP; these are proposals, without labels")
@@ -103,6 +99,10 @@ def evaluate(
         else:
             result = score(truth, predictions, protocol=protocol, subset=subset, tiou=levels)
             data, notes, grids = result.to_dict(), result.notes, [table(result)]
+            if unlabelled is not None:
+                one = score(one_class(truth), unlabelled, protocol=protocol, subset=subset, tiou=levels)
+                data["without_classes"] = {key: value for key, value in one.to_dict().items() if key != "ap"}
+                notes = (*notes, f"as proposals, without classes: average mAP {100 * one.average:.2f}")
             if o["bootstrap"] is not None:
                 part = scope(truth, protocol, subset, levels)
                 spread = bootstrap_map(
@@ -118,6 +118,36 @@ def evaluate(
         return
     for grid in grids:
         print_table(grid)
+
+
+def detected(o: dict[str, Any], subset: str | None, truth: Any) -> tuple[Any, Any]:
+    """Detections of a run and, where their classes are those of whole videos, its proposals as one class."""
+    import tempfile
+    from pathlib import Path
+
+    from tad.detect import Run, detect
+    from tad.detect.infer import detections
+    from tad.detect.raw import load_raw
+
+    run = Run.load(o["run"])
+    same = {"run": run, "store": o["store"], "subset": subset, "annotations": truth, "device": o["device"]}
+    if not run.class_agnostic:
+        return detect(**same), None
+    if o["proposals"]:
+        return detect(**same, proposals=True), None
+    with tempfile.TemporaryDirectory(prefix="tad-") as folder:
+        raw_out = Path(folder) / "raw.npz"
+        predictions = detect(**same, raw_out=raw_out)
+        raw = load_raw(raw_out)
+    raw.class_scores = None
+    return predictions, detections(raw)[0].assign(label="action")
+
+
+def one_class(truth: Any) -> Any:
+    """The truth with all actions of one class."""
+    from dataclasses import replace
+
+    return replace(truth, segments=truth.segments.assign(label="action"))
 
 
 def thresholds_of(tiou: str | None) -> tuple[float, ...] | None:

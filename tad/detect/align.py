@@ -21,8 +21,9 @@ class Sample:
     """One video, or a crop of it, as a detector sees it.
 
     ``features``: ``LevelSpec.key`` -> (T, C) float; ``segments`` (N, 2) float32 in row edges and ``labels`` (N,) int64
-    are its truth, empty where there is none or none was asked for. ``interpolated`` names the streams that did not lie
-    on the first one's axis.
+    are its truth, empty where there is none or none was asked for. ``proposals`` (P, 2) float32 in row edges and
+    ``proposal_scores`` (P,) float32, best first, are what another detector found, for one that refines them.
+    ``interpolated`` names the streams that did not lie on the first one's axis.
     """
 
     video: str
@@ -32,6 +33,8 @@ class Sample:
     segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     interpolated: tuple[str, ...] = ()
+    proposals: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    proposal_scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def rows(self) -> int:

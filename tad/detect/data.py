@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tad.detect.align import Sample
-from tad.detect.interface import Batch, LevelSpec, Targets
+from tad.detect.interface import Batch, LevelSpec, Proposals, Targets
 from tad.detect.windows import crop, read_whole
 from tad.recipe import DataRecipe
 from tad.store import Store
@@ -65,8 +65,20 @@ def collate(samples: Sequence[Sample]) -> Batch | None:
         for key, array in sample.features.items():
             features[key][index, :, : sample.rows] = torch.from_numpy(array.astype(np.float32, copy=False)).T
     targets = [Targets(torch.from_numpy(s.segments.copy()), torch.from_numpy(s.labels.copy())) for s in samples]
+    proposals = [
+        Proposals(torch.from_numpy(s.proposals.copy()), torch.from_numpy(s.proposal_scores.copy())) for s in samples
+    ]
     videos, axes = [sample.video for sample in samples], [sample.axis for sample in samples]
-    return Batch(videos, features, mask, axes, [sample.duration_s for sample in samples], targets)
+    return Batch(videos, features, mask, axes, [sample.duration_s for sample in samples], targets, proposals)
+
+
+def with_proposals(sample: Sample, found: tuple[np.ndarray, np.ndarray]) -> Sample:
+    """``sample``, a whole video, with proposals: seconds (P, 2) and scores (P,), best first. Those off its rows go."""
+    segments_s, scores = found
+    edges = np.clip(sample.axis.to_rows(np.asarray(segments_s, np.float64).reshape(-1, 2)), 0.0, float(sample.rows))
+    keep = edges[:, 1] - edges[:, 0] > SLIVER_ROWS
+    kept_scores = np.asarray(scores, np.float32).reshape(-1)[keep]
+    return replace(sample, proposals=edges[keep].astype(np.float32), proposal_scores=kept_scores)
 
 
 class VideoDataset(Dataset[Sample]):
@@ -81,6 +93,7 @@ class VideoDataset(Dataset[Sample]):
     seed : of the random cuts.
     cache : videos read already; empty to read them each time.
     starts : video -> where its windows begin, for detectors that see windows; by default every video is seen whole.
+    proposals : video -> seconds (P, 2) and scores (P,), for detectors that refine those of another one.
     """
 
     def __init__(
@@ -93,9 +106,11 @@ class VideoDataset(Dataset[Sample]):
         seed: int,
         cache: Mapping[str, Sample],
         starts: Mapping[str, Sequence[int | None]] | None = None,
+        proposals: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         self.store, self.needs, self.truth = store, tuple(needs), dict(truth)
         self.data, self.seed, self.cache = data, seed, dict(cache)
+        self.proposals = dict(proposals or {})
         self.items = [(video, start) for video in truth for start in (starts[video] if starts else [None])]
 
     def __len__(self) -> int:
@@ -109,6 +124,8 @@ class VideoDataset(Dataset[Sample]):
             sample = read_whole(self.store, self.needs, video, self.data)
         truth = self.truth[video]
         sample = replace(sample, segments=truth.segments, labels=truth.labels)
+        if video in self.proposals:
+            sample = with_proposals(sample, self.proposals[video])
         if start is not None:
             assert self.needs[0].rows is not None
             return crop(sample, start, self.needs[0].rows, min_inside=self.data.min_inside)

@@ -1,4 +1,4 @@
-"""A trained run on stored features: samples → network → decoded segments → suppression → a table."""
+"""A trained run on stored features: samples → network → decoded segments → suppression → classes → a table."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from tad.annotations import Truth, read_truth
 from tad.detect.align import Sample, check_needs
-from tad.detect.data import collate
-from tad.detect.interface import Detector, LevelSpec, Segments
+from tad.detect.classes import fused
+from tad.detect.data import collate, with_proposals
+from tad.detect.interface import DenseDetector, Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
-from tad.detect.runs import Run, describe_differences, differing_keys, write_atomic
-from tad.detect.windows import detection_views, joined, read_whole
+from tad.detect.raw import MapView, Raw, RawMaps, joined, load_raw, npz_path, save_maps, save_raw
+from tad.detect.runs import Run, describe_differences, differing_keys
+from tad.detect.video_scores import class_scores
+from tad.detect.windows import detection_views, of_whole_videos, read_whole
 from tad.errors import RecipeError, StoreError, WeightsError
 from tad.progress import ProgressFactory, silent
-from tad.recipe import DataRecipe, PostprocessRecipe
+from tad.recipe import ClassesRecipe, DataRecipe, PostprocessRecipe
 from tad.store import Store, open_store
 from tad.training.distributed import pick_device
 
 logger = logging.getLogger("tad.detect")
 COLUMNS = ["video", "start_s", "end_s", "label", "score"]
+Found = dict[str, tuple[np.ndarray, np.ndarray]]  # video -> seconds (P, 2) and scores (P,) of proposals, best first
 
 
 def detect(
@@ -42,7 +43,11 @@ def detect(
     device: str | None = None,
     batch_videos: int = 1,
     postprocess: PostprocessRecipe | None = None,
+    classes: ClassesRecipe | None = None,
+    scores: pd.DataFrame | str | Path | None = None,
+    proposals: bool = False,
     raw_out: str | Path | None = None,
+    maps_out: str | Path | None = None,
     failures: list[Failure] | None = None,
     progress: ProgressFactory | None = None,
 ) -> pd.DataFrame:
@@ -57,7 +62,11 @@ def detect(
     device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
     batch_videos : videos a forward pass; the result does not depend on it.
     postprocess : suppression; by default the run's.
+    classes : how a class-agnostic run's proposals get their classes; by default the run's.
+    scores : class scores by video for it (index video, columns classes), or their file; by default those of the run.
+    proposals : give the proposals of a class-agnostic run as they are, without labels.
     raw_out : also write what the network found before suppression to this ``.npz``, for :func:`resuppress`.
+    maps_out : also write the maps it was decoded from to this ``.npz``, for :func:`tad.detect.fuse`.
     failures : a list that receives a :class:`Failure` for every video that could not be used; they are logged as well.
 
     Returns
@@ -68,23 +77,26 @@ def detect(
     ------
     StoreError : a stream is missing or was made with another recipe, or the store has none of the videos.
     RecipeError, WeightsError : the run cannot be loaded; arguments that do not fit together.
-    AnnotationError : an unknown subset.
+    AnnotationError : an unknown subset; class scores that cannot be read.
     """
     run = run if isinstance(run, Run) else Run.load(run)
     if isinstance(store, (str, Path)):
         with open_store(store) as opened:
             return detect(
                 run=run, store=opened, videos=videos, subset=subset, annotations=annotations, device=device,
-                batch_videos=batch_videos, postprocess=postprocess, raw_out=raw_out, failures=failures,
-                progress=progress,
+                batch_videos=batch_videos, postprocess=postprocess, classes=classes, scores=scores, proposals=proposals,
+                raw_out=raw_out, maps_out=maps_out, failures=failures, progress=progress,
             )  # fmt: skip
     if batch_videos < 1:
         raise RecipeError(f"batch_videos must be at least 1, got {batch_videos}")
-    raw_path = None if raw_out is None else _raw_path(raw_out)
-    check_same_features(run, store)
+    raw_path = None if raw_out is None else npz_path(raw_out, name="raw_out")
+    maps_path = None if maps_out is None else npz_path(maps_out, name="maps_out")
     chosen = pick_device(device)
-    detector = run.build(device=chosen)
-    check_needs(detector.needs, detector=run.recipe.detector)
+    agnostic = run.class_agnostic
+    if not agnostic and (scores is not None or proposals or classes is not None):
+        raise RecipeError(f"run {run.path}: '{run.recipe.detector}' finds classes itself; it takes no class scores")
+    for needed in run.parts:
+        check_same_features(needed, store)
     present, failed = _wanted(run, store, videos, subset, annotations)
 
     def lost(failure: Failure) -> None:
@@ -93,23 +105,117 @@ def detect(
 
     for failure in failed:
         logger.warning("%s", failure)
-    raw: list[Segments] = []
-    with (progress or silent)(len(present), "detect", "videos") as bar:
-        samples = readable(store, detector.needs, present, run.recipe.data, lost=lost)
-        while group := list(islice(samples, batch_videos)):
-            raw += decoded_or_lost(detector, group, run.recipe.data, device=chosen, lost=lost)
-            bar.advance(len(group))
+    views: list[MapView] | None = None if maps_path is None else []
+    show = progress or silent
+    raw = Raw(
+        find(run, store, present, device=chosen, batch_videos=batch_videos, lost=lost, progress=show, views=views),
+        run.classes, class_agnostic=agnostic, recipe=run.recipe,
+    )  # fmt: skip
+    if agnostic and not proposals:
+        raw.class_scores = class_scores(run, store=store, videos=present, device=chosen, scores=scores)
     if raw_path is not None:
-        save_raw(raw_path, raw, classes=run.classes)
+        save_raw(raw_path, raw)
+    if maps_path is not None:
+        save_maps(maps_path, RawMaps(views or [], run.classes, run.recipe, run.channels, raw.class_scores))
+    table, unscored = detections(raw, postprocess, classes)
+    for video in unscored:
+        lost(Failure(video, "AnnotationError", "no class scores for this video: its proposals have no class"))
     if failures is not None:
         failures.extend(failed)
-    return suppressed_table(raw, postprocess or run.recipe.postprocess, run.classes)
+    return table
 
 
-def resuppress(raw: str | Path, postprocess: PostprocessRecipe) -> pd.DataFrame:
-    """The table that :func:`detect` would return with this suppression, from its ``raw_out`` file alone."""
-    segments, classes = load_raw(raw)
-    return suppressed_table(segments, postprocess, classes)
+def resuppress(
+    raw: str | Path,
+    postprocess: PostprocessRecipe | None = None,
+    *,
+    classes: ClassesRecipe | None = None,
+    scores: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """The table that :func:`detect` would return with this suppression and these classes, from its ``raw_out`` file
+    alone; without them, with those of the run."""
+    found = load_raw(raw)
+    if scores is not None:
+        found.class_scores = scores
+    return detections(found, postprocess, classes)[0]
+
+
+def find(
+    run: Run,
+    store: Store,
+    videos: Sequence[str],
+    *,
+    device: torch.device,
+    batch_videos: int = 1,
+    lost: Callable[[Failure], None],
+    progress: ProgressFactory = silent,
+    views: list[MapView] | None = None,
+) -> list[Segments]:
+    """What a run's network finds in videos before suppression; ``views`` receives the maps it was decoded from.
+
+    Of a run that refines proposals, those are found first. Raises :class:`RecipeError` where maps are asked of a
+    detector that has none.
+    """
+    detector = run.build(device=device)
+    check_needs(detector.needs, detector=run.recipe.detector)
+    if views is not None and not isinstance(detector, DenseDetector):
+        raise RecipeError(f"'{run.recipe.detector}' has no maps to write (maps_out); raw_out keeps its segments")
+    proposed: Found | None = None
+    if run.proposals is not None:
+        proposed = by_video(find_proposals(run, store, videos, device=device, lost=lost, progress=progress))
+        videos = [video for video in videos if video in proposed]
+    raw: list[Segments] = []
+    with progress(len(videos), "detect", "videos") as bar:
+        samples = readable(store, detector.needs, videos, run.recipe.data, proposals=proposed, lost=lost)
+        while group := list(islice(samples, batch_videos)):
+            raw += decoded_or_lost(detector, group, run.recipe.data, device=device, lost=lost, views=views)
+            bar.advance(len(group))
+    return raw
+
+
+def find_proposals(
+    run: Run,
+    store: Store,
+    videos: Sequence[str],
+    *,
+    device: torch.device,
+    lost: Callable[[Failure], None],
+    progress: ProgressFactory = silent,
+) -> list[Segments]:
+    """Proposals for the refining detector of ``run`` by the run inside it: the best of a video after suppression."""
+    source, recipe = run.proposals, run.recipe.proposals
+    if source is None:
+        raise RecipeError(f"run {run.path} has no proposals run inside it")
+    raw = find(source, store, videos, device=device, lost=lost, progress=progress)
+    suppression = (recipe.postprocess or source.recipe.postprocess).model_copy(update={"max_segments": recipe.top})
+    return suppress_all(raw, suppression)
+
+
+def by_video(proposals: Iterable[Segments]) -> Found:
+    """Proposals as a data set hands them to samples."""
+    return {s.video: (s.segments_s.double().numpy(), s.scores.numpy()) for s in proposals}
+
+
+def detections(
+    raw: Raw, postprocess: PostprocessRecipe | None = None, classes: ClassesRecipe | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Suppression and, for class-agnostic segments with class scores, their classes: a table, and unscored videos.
+
+    Class-agnostic segments without any class scores stay proposals: the table has no labels then.
+    """
+    own = raw.recipe
+    if (postprocess is None or (raw.class_agnostic and classes is None)) and own is None:
+        raise RecipeError("these raw detections do not say how to suppress them: give postprocess (and classes)")
+    kept = suppress_all(raw.segments, postprocess or own.postprocess)  # type: ignore[union-attr]
+    if not raw.class_agnostic:
+        return table_of(kept, raw.classes), []
+    if raw.class_scores is None:
+        return table_of(kept, None), []
+    how = classes or own.classes  # type: ignore[union-attr]
+    labelled, unscored = fused(
+        kept, raw.class_scores, classes=raw.classes, top=how.top, combine=how.combine, max_segments=how.max_segments
+    )
+    return table_of(labelled, raw.classes), unscored
 
 
 def check_same_features(run: Run, store: Store) -> None:
@@ -133,28 +239,39 @@ def readable(
     videos: Iterable[str],
     data: DataRecipe,
     *,
+    proposals: Found | None = None,
     lost: Callable[[Failure], None],
 ) -> Iterator[Sample]:
-    """Samples of the videos that can be read; ``lost`` is called with a :class:`Failure` for each of the others."""
+    """Samples of the videos that can be read, with their ``proposals``; ``lost`` is called with a :class:`Failure` for
+    each of the others."""
     for video in videos:
         try:
-            yield read_whole(store, needs, video, data)
+            sample = read_whole(store, needs, video, data)
         except StoreError as error:
             lost(Failure(video, type(error).__name__, str(error)))
+            continue
+        yield sample if proposals is None else with_proposals(sample, proposals[video])
 
 
 @torch.inference_mode()
-def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.device) -> list[Segments]:
+def decoded(
+    detector: Detector, samples: Sequence[Sample], *, device: torch.device, views: list[MapView] | None = None
+) -> list[Segments]:
     """What the network finds in its views, before suppression: one :class:`Segments` a sample, float32 on the CPU.
 
-    Raises :class:`WeightsError` where the outputs are not finite.
+    ``views`` receives the maps as well. Raises :class:`WeightsError` where the outputs are not finite.
     """
     batch = collate(samples)
     if batch is None:
         return []
     batch = batch.to(device)
     result = []
-    for found, duration_s in zip(detector.decode(detector(batch), batch), batch.durations_s, strict=True):
+    outputs = detector(batch)
+    if views is not None and isinstance(detector, DenseDetector):
+        for index, maps in enumerate(detector.dense(outputs, batch)):
+            cpu = {name: value.float().cpu() for name, value in maps.items()}
+            views.append(MapView(batch.videos[index], batch.axes[index], batch.durations_s[index], cpu))
+    for found, duration_s in zip(detector.decode(outputs, batch), batch.durations_s, strict=True):
         if not (torch.isfinite(found.segments_s).all() and torch.isfinite(found.scores).all()):
             raise WeightsError(f"video {found.video}: the detector's output is not finite; have its weights diverged?")
         extra = {name: value.float().cpu() for name, value in found.extra.items()}
@@ -164,15 +281,24 @@ def decoded(detector: Detector, samples: Sequence[Sample], *, device: torch.devi
 
 
 def decoded_videos(
-    detector: Detector, samples: Sequence[Sample], data: DataRecipe, *, device: torch.device
+    detector: Detector,
+    samples: Sequence[Sample],
+    data: DataRecipe,
+    *,
+    device: torch.device,
+    views: list[MapView] | None = None,
 ) -> list[Segments]:
     """:func:`decoded` of whole videos, one :class:`Segments` each: seen in windows where the detector asks for it, as
     many at a time as there are videos, at least 8.
     """
-    views = [view for sample in samples for view in detection_views(sample, detector.needs, data)]
-    size = max(len(samples), 8) if len(views) > len(samples) else len(samples)
-    groups = (views[i : i + size] for i in range(0, len(views), size))
-    return joined(found for group in groups for found in decoded(detector, group, device=device))
+    seen = [view for sample in samples for view in detection_views(sample, detector.needs, data)]
+    size = max(len(samples), 8) if len(seen) > len(samples) else len(samples)
+    groups = (seen[i : i + size] for i in range(0, len(seen), size))
+    maps: list[MapView] | None = None if views is None else []
+    found = of_whole_videos(f for group in groups for f in decoded(detector, group, device=device, views=maps))
+    if views is not None and maps is not None:
+        views.extend(maps)  # only now: a group that raises is taken again, video by video
+    return found
 
 
 def decoded_or_lost(
@@ -182,85 +308,38 @@ def decoded_or_lost(
     *,
     device: torch.device,
     lost: Callable[[Failure], None],
+    views: list[MapView] | None = None,
 ) -> list[Segments]:
     """:func:`decoded_videos`, but a video on which the network's output is not finite is lost alone."""
     try:
-        return decoded_videos(detector, samples, data, device=device)
+        return decoded_videos(detector, samples, data, device=device, views=views)
     except WeightsError as error:
         if len(samples) == 1:
             lost(Failure(samples[0].video, type(error).__name__, str(error)))
             return []
     return [
-        found for sample in samples for found in decoded_or_lost(detector, [sample], data, device=device, lost=lost)
+        found
+        for sample in samples
+        for found in decoded_or_lost(detector, [sample], data, device=device, lost=lost, views=views)
     ]
 
 
-def suppressed_table(raw: Iterable[Segments], postprocess: PostprocessRecipe, classes: Sequence[str]) -> pd.DataFrame:
-    """Segments of many videos after suppression, as a table of predictions."""
-    kept = suppress_all(raw, postprocess)
-    names = np.array(classes, dtype=object)
-    segments_s = _joined([s.segments_s for s in kept], torch.zeros(0, 2)).numpy().astype(np.float64)  # (N, 2)
+def table_of(found: Sequence[Segments], classes: Sequence[str] | None) -> pd.DataFrame:
+    """Segments of many videos as a table of predictions, sorted; without labels where ``classes`` is None."""
+    segments_s = joined([s.segments_s for s in found], torch.zeros(0, 2)).numpy().astype(np.float64)  # (N, 2)
+    labels = joined([s.labels for s in found], torch.zeros(0, dtype=torch.int64)).numpy()
     table = pd.DataFrame(
         {
-            "video": [s.video for s in kept for _ in range(len(s))],
+            "video": [s.video for s in found for _ in range(len(s))],
             "start_s": segments_s[:, 0],
             "end_s": segments_s[:, 1],
-            "label": names[_joined([s.labels for s in kept], torch.zeros(0, dtype=torch.int64)).numpy()],
-            "score": _joined([s.scores for s in kept], torch.zeros(0)).numpy().astype(np.float64),
+            "label": labels if classes is None else np.array(classes, dtype=object)[labels],
+            "score": joined([s.scores for s in found], torch.zeros(0)).numpy().astype(np.float64),
         },
         columns=COLUMNS,
     )
-    return table.sort_values(["video", "score"], ascending=[True, False], kind="stable", ignore_index=True)
-
-
-# ---- what the network found, on disk ---------------------------------------------------------------------------------
-def save_raw(path: Path, raw: Sequence[Segments], *, classes: Sequence[str]) -> None:
-    """Write decoded segments as one ``.npz``.
-
-    ``videos`` and ``classes`` are names, ``durations`` the videos' lengths in seconds; ``video`` (N,) and ``labels``
-    (N,) index them; ``segments`` (N, 2) seconds, ``scores`` (N,), and ``extra/<name>`` of what all videos have.
-    """
-    extras = set.intersection(*[set(s.extra) for s in raw]) if raw else set()
-    arrays: dict[str, Any] = {
-        "videos": np.array([s.video for s in raw], dtype=str),
-        "durations": np.array([s.duration_s for s in raw], dtype=np.float64),
-        "classes": np.array(classes, dtype=str),
-        "video": np.repeat(np.arange(len(raw), dtype=np.int32), [len(s) for s in raw]),
-        "segments": _joined([s.segments_s for s in raw], torch.zeros(0, 2)).numpy(),
-        "labels": _joined([s.labels for s in raw], torch.zeros(0, dtype=torch.int64)).numpy().astype(np.int32),
-        "scores": _joined([s.scores for s in raw], torch.zeros(0)).numpy(),
-        **{f"extra/{name}": torch.cat([s.extra[name] for s in raw]).numpy() for name in sorted(extras)},
-    }
-    write_atomic(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-
-def load_raw(path: str | Path) -> tuple[list[Segments], list[str]]:
-    """Decoded segments by video, and the classes. Raises :class:`RecipeError` when the file is not one of ours."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-        videos, classes = data["videos"].tolist(), data["classes"].tolist()
-        bounds = np.searchsorted(data["video"], np.arange(len(videos) + 1))
-        durations = data.pop("durations", np.full(len(videos), np.nan)).tolist()  # absent in files of tad 0.1
-        tensors = {name: torch.from_numpy(data[name]) for name in data if name not in ("videos", "classes", "video")}
-        result = []
-        for index, video in enumerate(videos):
-            part = {name: value[bounds[index] : bounds[index + 1]] for name, value in tensors.items()}
-            segments, labels, scores = part.pop("segments"), part.pop("labels").long(), part.pop("scores")
-            extra = {name.removeprefix("extra/"): value for name, value in part.items()}
-            result.append(Segments(video, segments, labels, scores, extra, durations[index]))
-    except (OSError, ValueError, TypeError, LookupError, BadZipFile) as error:
-        raise RecipeError(
-            f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)"
-        ) from error
-    return result, classes
-
-
-def _raw_path(raw_out: str | Path) -> Path:
-    path = Path(raw_out)
-    if path.suffix != ".npz":
-        raise RecipeError(f"raw_out {path} must end in .npz")
-    return path
+    table = table.sort_values(["video", "score"], ascending=[True, False], kind="stable", ignore_index=True)
+    return table.drop(columns="label") if classes is None else table
 
 
 def _wanted(
@@ -270,7 +349,7 @@ def _wanted(
     subset: str | None,
     annotations: Truth | str | Path | None,
 ) -> tuple[list[str], list[Failure]]:
-    have = {stream: set(store.videos(stream)) for stream in run.features}
+    have = {stream: set(store.videos(stream)) for part in run.parts for stream in part.features}
     if subset is not None:
         if annotations is None:
             raise RecipeError(f"subset '{subset}' is a name of the annotations: give annotations as well")
@@ -286,7 +365,3 @@ def _wanted(
     if wanted and not present:
         raise StoreError(no_video_message(wanted, have, store, source))
     return present, failed
-
-
-def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
-    return torch.cat([empty, *parts])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ class Targets:
 
 
 @dataclass
+class Proposals:
+    """Another detector's proposals for one sample, best first: ``segments`` (P, 2) in row edges, ``scores`` (P,)."""
+
+    segments: Tensor
+    scores: Tensor
+
+    def to(self, device: torch.device | str) -> Proposals:
+        return Proposals(self.segments.to(device), self.scores.to(device))
+
+    def __len__(self) -> int:
+        return int(self.scores.shape[0])
+
+
+@dataclass
 class Batch:
     """Samples side by side, padded to the longest; everything that a detector may look at."""
 
@@ -53,9 +67,15 @@ class Batch:
     axes: list[TimeAxis]  # of each sample, row 0 being the sample's first row
     durations_s: list[float]
     targets: list[Targets] | None = None
+    proposals: list[Proposals] | None = None  # for detectors that refine those of another one
+    masks: dict[str, Tensor] = field(default_factory=dict)  # LevelSpec.key -> (B, T of its rows), where levels differ
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def mask_of(self, key: str) -> Tensor:
+        """(B, T) bool of one need's rows: ``mask`` unless its level has rows of another spacing."""
+        return self.masks.get(key, self.mask)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -64,6 +84,8 @@ class Batch:
             features={key: value.to(device, non_blocking=True) for key, value in self.features.items()},
             mask=self.mask.to(device, non_blocking=True),
             targets=None if self.targets is None else [t.to(device) for t in self.targets],
+            proposals=None if self.proposals is None else [p.to(device) for p in self.proposals],
+            masks={key: mask.to(device, non_blocking=True) for key, mask in self.masks.items()},
         )
 
 
@@ -88,9 +110,13 @@ class Detector(nn.Module):
     Attributes
     ----------
     needs : the streams and levels that ``forward`` reads from ``batch.features``.
+    class_agnostic : it finds actions of any class, all with label 0; classes come from scores of whole videos.
+    reads_proposals : it refines proposals of another detector, ``batch.proposals``.
     """
 
     needs: tuple[LevelSpec, ...] = ()
+    class_agnostic: ClassVar[bool] = False
+    reads_proposals: ClassVar[bool] = False
 
     def forward(self, batch: Batch) -> Any:
         """The network's outputs for a batch, in row units; whatever ``loss`` and ``decode`` understand."""
@@ -103,6 +129,19 @@ class Detector(nn.Module):
     def decode(self, outputs: Any, batch: Batch) -> list[Segments]:
         """One :class:`Segments` a sample, in seconds, inside ``[0, duration]``, before suppression."""
         raise TypeError(f"{type(self).__name__} does not define decode()")
+
+
+@runtime_checkable
+class DenseDetector(Protocol):
+    """A detector whose output is maps over one grid of proposals, which an ensemble averages before decoding them."""
+
+    def dense(self, outputs: Any, batch: Batch) -> list[dict[str, Tensor]]:
+        """The maps of every sample, cut to its real rows."""
+        ...
+
+    def decode_dense(self, maps: dict[str, Tensor], *, video: str, axis: TimeAxis, duration_s: float) -> Segments:
+        """The segments of one sample's maps, in seconds; ``decode`` is this of each of :meth:`dense`."""
+        ...
 
 
 class DetectorBuilder(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 from tad.detect.detectors import DETECTORS
 from tad.detect.runs import Run
 from tad.errors import RecipeError, did_you_mean
-from tad.recipe import DetectRecipe, PostprocessRecipe, apply_sets, load_mapping, validated
+from tad.recipe import ClassesRecipe, DetectRecipe, PostprocessRecipe, apply_sets, load_mapping, validated
 
 # What a detector is trained with when it is named without a recipe file: for data of which nothing is known.
 DEFAULTS: dict[str, Mapping[str, Any]] = {
@@ -66,7 +66,23 @@ def detect_recipe(
     return validated(DetectRecipe, data, where=where)
 
 
-def postprocess_recipe(run: str | Path, sets: Iterable[str]) -> PostprocessRecipe:
-    """The suppression of a run with ``sets`` (``tiou=0.5``, ``method=nms``) on top."""
-    data = Run.load(run).recipe.postprocess.model_dump()
-    return validated(PostprocessRecipe, apply_sets(data, sets), where="--set")
+def result_recipes(run: str | Path, sets: Iterable[str]) -> tuple[PostprocessRecipe, ClassesRecipe | None]:
+    """A run's suppression with ``sets`` (``tiou=0.5``, ``method=nms``) on top, and where its classes come from with
+    those that begin with ``classes.``; None for a run that finds classes itself and for which none is set."""
+    loaded = Run.load(run)
+    suppression, classes = changed_results(loaded.recipe, sets)
+    asked = any(item.startswith("classes.") for item in sets)
+    return suppression, classes if loaded.class_agnostic or asked else None
+
+
+def changed_results(recipe: DetectRecipe | None, sets: Iterable[str]) -> tuple[PostprocessRecipe, ClassesRecipe]:
+    """A recipe's suppression and classes with ``sets`` on top; defaults where there is no recipe."""
+    sets = list(sets)
+    of_classes = [item.removeprefix("classes.") for item in sets if item.startswith("classes.")]
+    others = [item for item in sets if not item.startswith("classes.")]
+    suppression = (PostprocessRecipe() if recipe is None else recipe.postprocess).model_dump()
+    classes = (ClassesRecipe() if recipe is None else recipe.classes).model_dump()
+    return (
+        validated(PostprocessRecipe, apply_sets(suppression, others), where="--set"),
+        validated(ClassesRecipe, apply_sets(classes, of_classes), where="--set"),
+    )

@@ -15,10 +15,21 @@
       failures.jsonl         videos that could not be used, and why (only if there were any)
       log.txt
       raw/*.npz              what the network found before suppression, where ``detect`` was told to write it here
+
+A run of a class-agnostic detector also holds where its classes come from, one of
+
+      classifier/            a classifier of whole videos, trained along (a run of its own)
+      scores.json            scores by video, as they were given
+
+and a run that refines proposals the run that finds them:
+
+      proposals/             copied: recipe, classes, features, weights
+      proposals.npz          what it found in the training and held-out videos
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +38,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tad.detect.detectors import build_detector
+from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.recipe import DetectRecipe, dump_yaml, load_mapping, validated
 from tad.training.files import (
     FolderState,
@@ -69,7 +80,11 @@ FILES = (
     "metrics.json",
     "failures.jsonl",
     "log.txt",
+    "scores.json",
+    "proposals.npz",
 )
+CLASSIFIER, PROPOSALS = "classifier", "proposals"  # folders of runs inside a run
+COPIED = ("classes.json", "features.json", "env.json", "best.safetensors", "recipe.yaml")  # of a proposals run
 # of every stream in features.json, beside its own info
 FEATURE_KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
 
@@ -104,6 +119,9 @@ class Run:
         except UnicodeDecodeError as error:
             raise RecipeError(f"run {path}: recipe.yaml is not UTF-8 text: {error}") from error
         recipe = validated(DetectRecipe, given, where=str(path / "recipe.yaml"))
+        if recipe.detector not in DETECTORS:
+            hint = did_you_mean(recipe.detector, DETECTORS)
+            raise RecipeError(f"run {path}: its recipe names an unknown detector '{recipe.detector}'.{hint}")
         classes, features = (read_json(path / name, of="detector's run") for name in ("classes.json", "features.json"))
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")
@@ -129,6 +147,29 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.path / "metrics.json").is_file()
+
+    @property
+    def class_agnostic(self) -> bool:
+        """Whether it finds proposals, whose classes come from scores of whole videos."""
+        return DETECTORS[self.recipe.detector].class_agnostic
+
+    @property
+    def classifier_path(self) -> Path:
+        return self.path / CLASSIFIER
+
+    @property
+    def scores_path(self) -> Path:
+        return self.path / "scores.json"
+
+    @property
+    def proposals(self) -> Run | None:
+        """The run inside this one whose proposals it refines; None where it finds its own."""
+        return Run.load(self.path / PROPOSALS) if DETECTORS[self.recipe.detector].reads_proposals else None
+
+    @property
+    def parts(self) -> list[Run]:
+        """This run and those inside it that detection needs, itself first."""
+        return [self, *(self.proposals.parts if self.proposals is not None else [])]
 
     def build(self, weights: Literal["best", "last"] = "best", *, device: str | torch.device = "cpu") -> Detector:
         """The detector in evaluation mode with its weights.
@@ -177,6 +218,11 @@ def remove_run(path: Path) -> None:
     """Remove the files of a run and nothing else."""
     for file in path.glob("raw/*.npz"):
         file.unlink(missing_ok=True)
+    for inner in (path / CLASSIFIER, path / PROPOSALS):
+        if (inner / "recipe.yaml").is_file():
+            remove_run(inner)
+            if not any(inner.iterdir()):
+                inner.rmdir()
     remove_files(path, files=FILES)
 
 
@@ -197,3 +243,13 @@ def require_free(path: Path, *, resume: bool, overwrite: bool) -> None:
             + ("" if state == "finished" else "resume it, ")
             + "overwrite it, or choose another output folder"
         )
+
+
+def copy_run(source: Run, path: Path) -> None:
+    """Copy what detection with ``source`` needs to ``path``; ``recipe.yaml`` comes last and makes it a run."""
+    path.mkdir(parents=True, exist_ok=True)
+    if source.proposals is not None:
+        copy_run(source.proposals, path / PROPOSALS)
+    for name in COPIED:
+        with open(source.path / name, "rb") as file:
+            write_atomic(path / name, lambda copy, file=file: shutil.copyfileobj(file, copy))  # type: ignore[misc]

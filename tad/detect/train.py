@@ -10,15 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs, feature_of
-from tad.detect.data import EpochLoader, VideoDataset, epoch_steps
+from tad.detect.data import EpochLoader, VideoDataset, epoch_steps, with_proposals
 from tad.detect.detectors import DETECTORS, build_detector
-from tad.detect.infer import check_same_features, decoded_videos, suppressed_table
+from tad.detect.infer import check_same_features, decoded_videos, detections, table_of
 from tad.detect.interface import LevelSpec, Segments
+from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
+from tad.detect.prepare import Prepared, check_recipe, prepare
+from tad.detect.raw import Raw
 from tad.detect.runs import (
     Run,
     describe_differences,
@@ -50,6 +54,7 @@ from tad.training.rng import seed_all
 
 logger = logging.getLogger("tad.detect")
 TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # whose average mAP on the held-out videos chooses the checkpoint
+NOTHING = (np.zeros((0, 2)), np.zeros(0))  # proposals of a video that has none
 MAY_CHANGE = ("data.workers",)  # keys that a resumed training may have otherwise: they do not touch its result
 
 
@@ -149,6 +154,8 @@ def _train(
     progress: ProgressFactory,
 ) -> dict[str, Any]:
     resuming = processes.on_first(lambda: stored is not None and (path / "resume.pt").is_file())
+    if not resuming:
+        check_recipe(stored or given, store)
     plan = plan_training(stored or given, store, truth)
     recipe = stored or resolved(given, plan, store)
     seed_all(recipe.seed)
@@ -168,11 +175,19 @@ def _train(
     log = _Log(path / "log.txt" if processes.first else None)
     for message in [*plan.messages, *data.messages, *(f"left out: {f}" for f in plan.failures + data.failures)]:
         log(message)
+    prepared = prepare(
+        recipe, path=path, videos=list(data.train), holdout=data.holdout, store=store, truth=truth,
+        processes=processes, progress=progress,
+    )  # fmt: skip
+    for failure in prepared.failures:
+        log(f"without proposals: {failure}")
+    if state is None:
+        seed_all(recipe.seed, processes.rank)  # whatever was drawn for that
     begins = f"resumed after epoch {trainer.epoch}" if state is not None else f"begun on {processes.device}"
     counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
     log(f"{begins}, {processes.size} processes, {recipe.train.epochs} epochs; {counts}")
     try:
-        _epochs(trainer, recipe, plan, data, store, path, log, progress)
+        _epochs(trainer, recipe, plan, data, prepared, store, path, log, progress)
     except KeyboardInterrupt:
         log(f"interrupted in epoch {trainer.epoch + 1}; resume goes on from its beginning")
         raise
@@ -199,6 +214,7 @@ def _epochs(
     recipe: DetectRecipe,
     plan: Plan,
     data: TrainingSet,
+    prepared: Prepared,
     store: Store,
     path: Path,
     log: _Log,
@@ -214,6 +230,7 @@ def _epochs(
         seed=recipe.seed,
         cache=data.cache,
         starts=data.starts,
+        proposals=prepared.proposals,
     )
     loader = EpochLoader(dataset, workers=recipe.data.workers, rank=processes.rank, world=processes.size)
     per_epoch = math.ceil(len(dataset) / (training.batch_videos * training.accumulate))
@@ -238,7 +255,7 @@ def _epochs(
             row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, **_means(processes.gathered(sums), len(dataset))}
             due = (epoch + 1) % training.eval_every == 0 or epoch + 1 == training.epochs
             if due and len(data.holdout_truth(plan)):
-                row |= _evaluate(trainer, recipe, plan, data, store)
+                row |= _evaluate(trainer, recipe, plan, data, prepared, store)
             row["seconds"] = round(time.perf_counter() - begin, 3)
             trainer.history.append(row)
             trainer.epoch = epoch + 1
@@ -247,24 +264,44 @@ def _epochs(
             log(f"epoch {epoch + 1}/{training.epochs}: {', '.join(told)}")
 
 
-def _evaluate(trainer: Trainer, recipe: DetectRecipe, plan: Plan, data: TrainingSet, store: Store) -> dict[str, float]:
-    """mAP on the held-out videos, each process detecting in its share of them."""
+def _evaluate(
+    trainer: Trainer, recipe: DetectRecipe, plan: Plan, data: TrainingSet, prepared: Prepared, store: Store
+) -> dict[str, float]:
+    """mAP on the held-out videos, each process detecting in its share of them.
+
+    Of a class-agnostic detector ``proposal_map`` is its mAP as if there were one class, ``average_map`` that with the
+    classes of whole videos.
+    """
     processes = trainer.processes
     module = trainer.judged
     module.eval()
     needs = trainer.detector.needs
     mine, size = data.holdout[processes.rank :: processes.size], recipe.train.batch_videos
-    raw: list[Segments] = []
+    found: list[Segments] = []
     for group in (mine[i : i + size] for i in range(0, len(mine), size)):
         samples = [data.cache.get(v) or read_whole(store, needs, v, recipe.data) for v in group]
-        raw += decoded_videos(module, samples, recipe.data, device=processes.device)
-    tables = processes.gathered(suppressed_table(raw, recipe.postprocess, plan.classes))
-    found = pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+        if prepared.proposals is not None:
+            samples = [with_proposals(s, prepared.proposals.get(s.video, NOTHING)) for s in samples]
+        found += decoded_videos(module, samples, recipe.data, device=processes.device)
+    agnostic = module.class_agnostic
+    raw = Raw(found, plan.classes, agnostic, prepared.class_scores, recipe)
+    tables = {"average_map": detections(raw)[0]}
+    if agnostic:
+        tables["proposal_map"] = table_of(suppress_all(found, recipe.postprocess), None).assign(label="action")
     truth = data.holdout_truth(plan)
+    every = processes.gathered(tables)
 
     def score() -> dict[str, float]:
-        result = detection_map(truth, found, tiou=TIOU)
-        return {"average_map": float(result.average), **{f"map_{t:g}": float(v) for t, v in result.map.items()}}
+        row: dict[str, float] = {}
+        for name in tables:
+            parts = [part[name] for part in every]
+            table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+            known = truth if name == "average_map" else truth.assign(label="action")
+            result = detection_map(known, table, tiou=TIOU)
+            row[name] = float(result.average)
+            if name == "average_map":
+                row |= {f"map_{t:g}": float(v) for t, v in result.map.items()}
+        return row
 
     return processes.on_first(score)
 

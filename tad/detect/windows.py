@@ -68,19 +68,28 @@ def window_starts(rows: int, *, window: int, stride: int) -> list[int]:
 
 
 def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> Sample:
-    """Rows ``[start, start + rows)`` of a sample. A truth of which at least ``min_inside`` lies inside (its tIoA)
-    stays, cut to the crop.
+    """Rows ``[start, start + rows)`` of a sample. A truth or proposal of which at least ``min_inside`` lies inside (its
+    tIoA) stays, cut to the crop.
     """
-    moved = sample.segments - np.float32(start)  # (N, 2)
-    cut = np.clip(moved, 0, min(rows, sample.rows - start))
-    keep = cut[:, 1] - cut[:, 0] >= np.maximum(min_inside * (moved[:, 1] - moved[:, 0]), 1e-6)  # (N,)
+    end = min(rows, sample.rows - start)
+    segments, kept = _inside(sample.segments - np.float32(start), end, min_inside)
+    proposals, left = _inside(sample.proposals - np.float32(start), end, min_inside)
     return replace(
         sample,
         features={key: array[start : start + rows] for key, array in sample.features.items()},
         axis=sample.axis.shifted(start),
-        segments=cut[keep],
-        labels=sample.labels[keep],
+        segments=segments,
+        labels=sample.labels[kept],
+        proposals=proposals,
+        proposal_scores=sample.proposal_scores[left],
     )
+
+
+def _inside(moved: np.ndarray, end: int, min_inside: float) -> tuple[np.ndarray, np.ndarray]:
+    """Those of segments ``moved`` (N, 2) that lie far enough in ``[0, end]``, cut to it, and which they are (N,)."""
+    cut = np.clip(moved, 0, end)
+    keep = cut[:, 1] - cut[:, 0] >= np.maximum(min_inside * (moved[:, 1] - moved[:, 0]), 1e-6)  # (N,)
+    return cut[keep], keep
 
 
 def detection_stride_fits(needs: Sequence[LevelSpec], data: DataRecipe) -> None:
@@ -129,7 +138,7 @@ def training_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe
     return [start for start in starts if len(crop(sample, start, window, min_inside=data.min_inside).labels)]
 
 
-def joined(found: Iterable[Segments]) -> list[Segments]:
+def of_whole_videos(found: Iterable[Segments]) -> list[Segments]:
     """Segments of a video's views, which are in seconds already, as those of the video; in the order of first views."""
     by_video: dict[str, list[Segments]] = {}
     for segments in found:

@@ -13,8 +13,9 @@ import torch
 
 from tad.annotations import read_predictions, read_truth, write_predictions
 from tad.detect import Failure, Run, detect, resuppress, train_detector
-from tad.detect.infer import COLUMNS, load_raw, save_raw
+from tad.detect.infer import COLUMNS
 from tad.detect.interface import Segments
+from tad.detect.raw import Raw, load_raw, save_raw
 from tad.detect.runs import FILES
 from tad.errors import AnnotationError, RecipeError, StoreError
 from tad.recipe import PostprocessRecipe
@@ -182,11 +183,13 @@ def test_raw_detections_round_trip(tmp_path: Path) -> None:
         )
 
     raw = [segments("b/ü", 3), segments("a", 0), segments("c", 2)]
-    save_raw(tmp_path / "r.npz", raw, classes=["x", "y", "ž"])
-    back, classes = load_raw(tmp_path / "r.npz")
-    assert classes == ["x", "y", "ž"]
-    assert [s.video for s in back] == ["b/ü", "a", "c"]
-    for one, other in zip(raw, back, strict=True):
+    save_raw(tmp_path / "r.npz", Raw(raw, ["x", "y", "ž"]))
+    back = load_raw(tmp_path / "r.npz")
+    assert back.classes == ["x", "y", "ž"]
+    assert not back.class_agnostic
+    assert back.class_scores is None
+    assert [s.video for s in back.segments] == ["b/ü", "a", "c"]
+    for one, other in zip(raw, back.segments, strict=True):
         for a, b in [
             (one.segments_s, other.segments_s),
             (one.labels, other.labels),
@@ -195,7 +198,7 @@ def test_raw_detections_round_trip(tmp_path: Path) -> None:
         ]:
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
-    save_raw(tmp_path / "none.npz", [], classes=["x"])
+    save_raw(tmp_path / "none.npz", Raw([], ["x"]))
     assert resuppress(tmp_path / "none.npz", LOW).empty
     assert list(resuppress(tmp_path / "none.npz", LOW).columns) == COLUMNS
 

@@ -22,7 +22,7 @@ from tad.detect.interface import LevelSpec
 from tad.detect.windows import (
     crop,
     detection_views,
-    joined,
+    of_whole_videos,
     never_inside,
     rescaled,
     training_starts,
@@ -129,9 +129,9 @@ def test_joining_keeps_videos_in_order() -> None:
     def part(video: str, score: float) -> Segments:
         return Segments(video, torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.tensor([score]), {}, 9.0)
 
-    both = joined([part("b", 1), part("a", 2), part("b", 3)])
+    both = of_whole_videos([part("b", 1), part("a", 2), part("b", 3)])
     assert [(s.video, s.scores.tolist()) for s in both] == [("b", [1, 3]), ("a", [2])]
-    assert joined([]) == []
+    assert of_whole_videos([]) == []
 
 
 # ---- rescaling -------------------------------------------------------------------------------------------------------

@@ -93,7 +93,54 @@ class Toy(Detector):
         return found
 
 
+class ToyProposals(Toy):
+    """The toy without classes: rows of any action make a proposal."""
+
+    class_agnostic = True
+
+    def __init__(self, *, channels: dict[str, int], classes: int, dropout: float = 0.0) -> None:
+        super().__init__(channels=channels, classes=1, dropout=dropout)
+
+    def loss(self, outputs: tuple[Tensor, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        return super().loss(outputs, [Targets(t.segments, torch.zeros_like(t.labels)) for t in targets])
+
+
+class ToyRefiner(Detector):
+    """Moves the boundaries of proposals by two learnt numbers of rows."""
+
+    class_agnostic = True
+    reads_proposals = True
+
+    def __init__(self, *, channels: dict[str, int], classes: int) -> None:
+        super().__init__()
+        self.needs = tuple(LevelSpec(stream) for stream in channels)
+        self.shift = nn.Parameter(torch.tensor([-1.0, 1.0]))
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        assert batch.proposals is not None
+        return [proposals.segments + self.shift for proposals in batch.proposals]
+
+    def loss(self, outputs: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        terms = [self.shift.sum() * 0.0]
+        for moved, target in zip(outputs, targets, strict=True):
+            if len(moved) and len(target.segments):
+                distance = (moved[:, None] - target.segments[None]).abs().sum(-1)
+                terms.append(distance.min(1).values.mean())
+        return {"distance": torch.stack(terms).mean()}
+
+    def decode(self, outputs: list[Tensor], batch: Batch) -> list[Segments]:
+        assert batch.proposals is not None
+        found = []
+        for index, (moved, proposals) in enumerate(zip(outputs, batch.proposals, strict=True)):
+            seconds = batch.axes[index].to_seconds(moved).clamp(0, batch.durations_s[index])
+            labels = torch.zeros(len(moved), dtype=torch.int64)
+            found.append(Segments(batch.videos[index], seconds, labels, proposals.scores))
+        return found
+
+
 DETECTORS["toy"] = Toy
+DETECTORS["toy-proposals"] = ToyProposals
+DETECTORS["toy-refiner"] = ToyRefiner
 
 
 def make_world(

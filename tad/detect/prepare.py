@@ -1,0 +1,140 @@
+"""What some detectors need before they can learn: another run's proposals, and class scores of whole videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from tad.annotations import Truth
+from tad.detect.classifier_run import classifier_scores
+from tad.detect.classifier_train import train_classifier
+from tad.detect.detectors import DETECTORS
+from tad.detect.infer import Found, by_video, check_same_features, find_proposals
+from tad.detect.preflight import Failure
+from tad.detect.raw import Raw, load_raw, save_raw
+from tad.detect.runs import CLASSIFIER, PROPOSALS, Run, copy_run
+from tad.detect.video_scores import keep_scores, read_scores
+from tad.errors import RecipeError
+from tad.progress import ProgressFactory
+from tad.recipe import ClassesRecipe, DetectRecipe, ProposalsRecipe
+from tad.store import Store
+from tad.training.distributed import World
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``class_scores`` of held-out videos (index video, columns classes), ``proposals`` of all; None: not needed."""
+
+    class_scores: pd.DataFrame | None = None
+    proposals: Found | None = None
+    failures: tuple[Failure, ...] = ()
+
+
+def check_recipe(recipe: DetectRecipe, store: Store) -> None:
+    """Raise where ``recipe.proposals`` and ``recipe.classes`` do not fit the detector, or name what cannot be read.
+
+    Raises
+    ------
+    RecipeError, StoreError, WeightsError, AnnotationError.
+    """
+    detector = DETECTORS.get(recipe.detector)
+    if detector is None:
+        return  # building it will say so
+    if not detector.class_agnostic and recipe.classes != ClassesRecipe():
+        raise RecipeError(f"'{recipe.detector}' finds classes itself: leave 'classes' out of its recipe")
+    if detector.class_agnostic and recipe.classes.scores is not None:
+        read_scores(recipe.classes.scores, recipe.classes)
+    if not detector.reads_proposals and recipe.proposals != ProposalsRecipe():
+        raise RecipeError(f"'{recipe.detector}' finds its proposals itself: leave 'proposals' out of its recipe")
+    if detector.reads_proposals:
+        if recipe.proposals.run is None:
+            raise RecipeError(
+                f"'{recipe.detector}' refines the proposals of another run: name it, "
+                "such as --set proposals.run=runs/bmn ('tad train-detector bmn ... -o runs/bmn' makes one)"
+            )
+        source = Run.load(recipe.proposals.run)
+        if not source.finished:
+            raise RecipeError(f"proposals.run {source.path} is not finished: resume it first")
+        for part in source.parts:
+            check_same_features(part, store)
+
+
+def prepare(
+    recipe: DetectRecipe,
+    *,
+    path: Path,
+    videos: Sequence[str],
+    holdout: Sequence[str],
+    store: Store,
+    truth: Truth,
+    processes: World,
+    progress: ProgressFactory,
+) -> Prepared:
+    """Make what the detector of the run at ``path`` needs, or read what an interrupted training made there already.
+
+    The first of several processes does the work, all have the result.
+    """
+    detector = DETECTORS[recipe.detector]
+
+    def work() -> Prepared:
+        scores = _class_scores(recipe, path, holdout, store, truth, processes, progress)
+        if not detector.reads_proposals:
+            return Prepared(scores)
+        proposals, failures = _proposals(recipe, path, [*videos, *holdout], store, processes, progress)
+        return Prepared(scores, proposals, tuple(failures))
+
+    if not (detector.class_agnostic or detector.reads_proposals):
+        return Prepared()
+    return processes.on_first(work)
+
+
+def _class_scores(
+    recipe: DetectRecipe,
+    path: Path,
+    holdout: Sequence[str],
+    store: Store,
+    truth: Truth,
+    processes: World,
+    progress: ProgressFactory,
+) -> pd.DataFrame | None:
+    if not DETECTORS[recipe.detector].class_agnostic:
+        return None
+    if recipe.classes.scores is not None:
+        table = read_scores(recipe.classes.scores, recipe.classes)
+        keep_scores(path / "scores.json", table, source=recipe.classes.scores)
+        return table
+    train_classifier(
+        recipe.classes.classifier,
+        streams=recipe.streams,
+        store=store,
+        annotations=truth,
+        data=recipe.data,
+        seed=recipe.seed,
+        out=path / CLASSIFIER,
+        resume=True,
+        device=str(processes.device),
+        progress=progress,
+    )
+    return classifier_scores(path / CLASSIFIER, store=store, videos=holdout, device=processes.device)
+
+
+def _proposals(
+    recipe: DetectRecipe,
+    path: Path,
+    videos: Sequence[str],
+    store: Store,
+    processes: World,
+    progress: ProgressFactory,
+) -> tuple[Found, list[Failure]]:
+    file = path / "proposals.npz"
+    failures: list[Failure] = []
+    if not file.is_file():
+        assert recipe.proposals.run is not None  # see check_recipe
+        copy_run(Run.load(recipe.proposals.run), path / PROPOSALS)
+        run = Run.load(path)
+        found = find_proposals(run, store, videos, device=processes.device, lost=failures.append, progress=progress)
+        save_raw(file, Raw(found, run.classes, class_agnostic=True))
+    return by_video(load_raw(file).segments), failures

@@ -1,0 +1,67 @@
+"""The features that a run was trained on: ``features.json``, and whether a store holds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tad.detect.align import feature_of
+from tad.detect.interface import LevelSpec
+from tad.detect.preflight import check_streams
+from tad.errors import RecipeError, StoreError
+from tad.store import Store
+from tad.training.files import describe_differences, differing_keys, read_json
+
+# of every stream, beside its own info
+KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
+
+
+def described_features(
+    store: Store, channels: Mapping[str, int], *, video: str, row_spacing: int
+) -> dict[str, dict[str, Any]]:
+    """What ``features.json`` holds: by stream its recipe, fingerprint, channels, type, and the axis of ``video``."""
+    features: dict[str, dict[str, Any]] = {}
+    for stream, width in channels.items():
+        attrs = {key: value for key, value in store.stream_attrs(stream).items() if not key.startswith("encoding-")}
+        feature = feature_of(store, LevelSpec(stream), video)
+        axis = feature.axis.pooled(row_spacing).to_dict()
+        features[stream] = attrs | {"channels": width, "dtype": str(feature.dtype), "axis": axis}
+    return features
+
+
+def read_features(path: Path, streams: Sequence[str], *, of: str) -> dict[str, dict[str, Any]]:
+    """``features.json`` of the run at ``path``, in the order of ``streams``.
+
+    Raises :class:`RecipeError` when it is missing or malformed.
+    """
+    features = read_json(path / "features.json", of=of)
+    if not isinstance(features, dict):
+        raise RecipeError(f"run {path}: features.json must hold an object of streams")
+    for stream in streams:
+        known = features.get(stream, {})
+        if not isinstance(known, dict):
+            raise RecipeError(f"run {path}: features.json must hold an object for stream '{stream}', got {known!r}")
+        lacking = [key for key in KEYS if key not in known]
+        if lacking:
+            raise RecipeError(f"run {path}: features.json lacks {', '.join(lacking)} of stream '{stream}'")
+        wrong = [key for key, kind in KEYS.items() if type(known[key]) is not kind]
+        if wrong:
+            kinds = ", ".join(f"{key} must be of type {KEYS[key].__name__}" for key in wrong)
+            raise RecipeError(f"run {path}: features.json is malformed for stream '{stream}': {kinds}")
+    return {stream: features[stream] for stream in streams}
+
+
+def check_features(path: Path, features: Mapping[str, Mapping[str, Any]], store: Store) -> None:
+    """Raise :class:`StoreError` unless the store's streams were made exactly as those that the run knows."""
+    check_streams(store, list(features))
+    for stream, known in features.items():
+        attrs = store.stream_attrs(stream)
+        if attrs["fingerprint"] != known["fingerprint"]:
+            differences = (
+                describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
+            )
+            raise StoreError(
+                f"run {path} was trained on other features than stream '{stream}' of store {store.path} holds: "
+                f"{differences}. Extract the stream again as it was, or train again on this store"
+            )
