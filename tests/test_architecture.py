@@ -27,6 +27,7 @@ ALL = {
     "synth",
     "apply",
     "demo",
+    "shipped",
 }
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -36,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "annotations": set(),
     "timeline": set(),
     "recipe": set(),
+    "shipped": {"recipe"},
     "store": {"timeline"},
     "evaluate": {"annotations"},
     "training": {"recipe"},

@@ -18,6 +18,7 @@ from tad.cli.doctor import doctor
 from tad.cli.ensemble import fuse
 from tad.cli.exchange import convert
 from tad.cli.extract import extract
+from tad.cli.recipe import recipe
 from tad.cli.report import plot, report
 from tad.cli.scores import demo, evaluate
 from tad.cli.store import store
@@ -40,6 +41,7 @@ COMMANDS = (
     convert,
     doctor,
     weights,
+    recipe,
     demo,
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, show
+from tad.cli.common import PARTLY, as_json, device_option, say, show
 
 ONLY_OF_VIDEOS = {"backbone": "--backbone", "classes": "--classes", "clips": "--clips", "batch": "--batch",
                   "precision": "--precision"}  # fmt: skip
@@ -22,7 +22,13 @@ ONLY_OF_VIDEOS = {"backbone": "--backbone", "classes": "--classes", "clips": "--
     type=click.Path(exists=True, dir_okay=False),
     help="Truth: ActivityNet JSON, THUMOS14 CSV or plain CSV.",
 )
-@sets_option
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one value of the recipe, e.g. epochs=30 or data.holdout=0.2.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @device_option
 @click.option("--resume", is_flag=True, help="Go on where the run in -o stopped.")

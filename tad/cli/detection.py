@@ -11,11 +11,7 @@ from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, sho
 
 @click.command("train-detector")
 @click.argument("name", required=False)
-@click.option(
-    "--recipe",
-    type=click.Path(exists=True, dir_okay=False),
-    help="Recipe file (recipes/ holds those of the papers' tables).",
-)
+@click.option("--recipe", help="Recipe file, or the name of a shipped one (tad recipe ls).")
 @click.option("--store", required=True, help="Feature store to read.")
 @click.option("--streams", help="Streams, separated by commas; order matters (RGB, then flow).")
 @click.option(
@@ -49,8 +45,10 @@ def train_detector(
     from tad.detect import train_detector as run
     from tad.detect.recipes import detect_recipe
     from tad.progress import progress
+    from tad.shipped import find_recipe
 
-    chosen = detect_recipe(name, file=recipe, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
+    file = find_recipe(recipe) if recipe else None
+    chosen = detect_recipe(name, file=file, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
     metrics = run(chosen, progress=progress, **o)
     show(metrics) if as_json else click.echo(
         f"{o['out']}: epoch {metrics['best_epoch']} chosen, average mAP on held-out videos {metrics['average_map']}"

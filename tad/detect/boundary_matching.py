@@ -96,7 +96,8 @@ class BoundaryMatching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows ``x`` (B, C, T) → cells (B, N, H), see :func:`proposal_grid` and :func:`cells_to_map`."""
-        rows, weight = x.shape[2], torch.as_tensor(self.weight)
+        rows = x.shape[2]
+        weight: Tensor = self.weight
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
@@ -115,8 +116,8 @@ class SparseRows:
     values: Tensor  # (nnz,)
     begins: Tensor  # (rows,) int32
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> SparseRows:
-        return SparseRows(self.columns.to(device), self.values.to(device, dtype), self.begins.to(device))
+    def to(self, device: torch.device) -> SparseRows:
+        return SparseRows(self.columns.to(device), self.values.to(device), self.begins.to(device))
 
     def times(self, table: Tensor) -> Tensor:
         """This matrix times ``table`` (columns, H), of the same type: (rows, H)."""
@@ -124,9 +125,9 @@ class SparseRows:
 
 
 def sampling_matrix(
-    rows: int, durations: int, samples: int, samples_per_bin: int, margin: float
+    rows: int, durations: int, samples: int, samples_per_bin: int, margin: float, *, dtype: torch.dtype = torch.float32
 ) -> tuple[SparseRows, SparseRows]:
-    """The matrix (N, T·S) of the weights with which cell c reads point n of row t, in column t·S + n; float64.
+    """The matrix (N, T·S) of the weights with which cell c reads point n of row t, in column t·S + n.
 
     Its transpose is the second result. Proposals of one duration differ in their place alone: weights are made for one.
     """
@@ -141,28 +142,27 @@ def sampling_matrix(
     weights.scatter_add_(2, nearest, 1 / samples_per_bin - right_weight)
     weights.scatter_add_(2, nearest + 1, right_weight)
 
-    duration, point, step = torch.nonzero(weights > NO_WEIGHT, as_tuple=True)  # (E,) entries of all durations
-    values, offset = weights[duration, point, step], first[duration, point, 0].long() + step
-    entries = torch.bincount(duration, minlength=durations)  # (D,) entries of a cell of each duration
-    start, lengths = _starts_and_lengths(rows, durations)  # (N,)
-    count = entries[lengths - 1]
-    cell = torch.repeat_interleave(count)  # (M,)
-    shift = (entries.cumsum(0) - entries)[lengths - 1] - (count.cumsum(0) - count)  # (N,)
-    entry = torch.arange(len(cell)) + shift[cell]
-    row = start[cell] + offset[entry]
-    inside = (row >= 0) & (row < rows)
-    cell, entry = cell[inside], entry[inside]
-    column, value = row[inside] * samples + point[entry], values[entry]
+    columns, values, counts = [], [], []
+    for index in range(durations):  # one at a time: all entries in int64 would be several times the result
+        point, step = torch.nonzero(weights[index] > NO_WEIGHT, as_tuple=True)  # (E,) entries of each cell
+        value = weights[index, point, step].to(dtype)
+        offset = first[index, point, 0].long() + step
+        row = torch.arange(rows - index)[:, None] + offset  # (T - d, E)
+        inside = (row >= 0) & (row < rows)
+        columns.append((row * samples + point)[inside].int())
+        values.append(value.expand_as(row)[inside])
+        counts.append(inside.sum(1))
+    column, value, count = torch.cat(columns), torch.cat(values), torch.cat(counts)
     order = column.argsort(stable=True)
+    cell = torch.repeat_interleave(count).int()  # (nnz,)
     return (
-        SparseRows(column.int(), value, _begins(cell, len(start))),
-        SparseRows(cell[order].int(), value[order], _begins(column, rows * samples)),
+        SparseRows(column, value, _begins(count)),
+        SparseRows(cell[order], value[order], _begins(torch.bincount(column, minlength=rows * samples))),
     )
 
 
-def _begins(members: Tensor, count: int) -> Tensor:
-    """Where each of ``count`` groups begins when all are sorted by the group that they belong to."""
-    sizes = torch.bincount(members, minlength=count)
+def _begins(sizes: Tensor) -> Tensor:
+    """Where each of several groups begins when they stand one behind the other."""
     return (sizes.cumsum(0) - sizes).int()
 
 
@@ -176,8 +176,8 @@ def _sampling_on(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[SparseRows, SparseRows]:
-    there, back = sampling_matrix(rows, durations, samples, samples_per_bin, margin)
-    return there.to(device, dtype), back.to(device, dtype)
+    there, back = sampling_matrix(rows, durations, samples, samples_per_bin, margin, dtype=dtype)
+    return there.to(device), back.to(device)
 
 
 @lru_cache(maxsize=16)

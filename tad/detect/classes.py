@@ -102,9 +102,7 @@ def softmax_scores(logits: pd.DataFrame, factor: float = 1.0) -> pd.DataFrame:
     if values.shape[1] == 0:
         raise AnnotationError("the logits have no class")
     if not np.isfinite(values).all():
-        raise AnnotationError(
-            f"logits must be finite, those of {_some(logits.index[~np.isfinite(values).all(axis=1)])}"
-        )
+        raise AnnotationError(f"logits are not finite, such as those of {_some(_rows(logits, ~np.isfinite(values)))}")
     scaled = factor * (values - values.max(axis=1, keepdims=True))
     exp = np.exp(scaled)
     return pd.DataFrame(exp / exp.sum(axis=1, keepdims=True), index=logits.index, columns=logits.columns)

@@ -284,9 +284,7 @@ def classify_store(
     present, failures = with_features(wanted, have)
     if not present:
         raise StoreError(no_video_message(wanted, have, store, source))
-    scores = classifier_scores(
-        run, store=store, videos=present, device=device, failures=failures, progress=progress
-    ).round(7)
+    scores = classifier_scores(run, store=store, videos=present, device=device, failures=failures, progress=progress)
     kept = old[~old.index.isin(scores.index)]
     write_video_scores(out, pd.concat([kept, scores]) if len(kept) else scores, about=about)
     report = StoredScores(scores, len(kept), failures)

@@ -17,9 +17,10 @@ from tad.detect.classes import fused
 from tad.detect.data import collate, with_proposals
 from tad.detect.interface import DenseDetector, Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress_all
-from tad.detect.preflight import Failure, check_streams, no_video_message, with_features
+from tad.detect.preflight import Failure, no_video_message, with_features
 from tad.detect.raw import MapView, Raw, RawMaps, joined, load_raw, npz_path, save_maps, save_raw
-from tad.detect.runs import Run, describe_differences, differing_keys
+from tad.detect.runs import Run
+from tad.detect.trained_on import check_features
 from tad.detect.video_scores import class_scores
 from tad.detect.windows import detection_views, of_whole_videos, read_whole
 from tad.errors import RecipeError, StoreError, WeightsError
@@ -220,17 +221,7 @@ def detections(
 
 def check_same_features(run: Run, store: Store) -> None:
     """Raise :class:`StoreError` unless the store's streams were made exactly as those that the run was trained on."""
-    check_streams(store, list(run.features))
-    for stream, known in run.features.items():
-        attrs = store.stream_attrs(stream)
-        if attrs["fingerprint"] != known["fingerprint"]:
-            differences = (
-                describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
-            )
-            raise StoreError(
-                f"run {run.path} was trained on other features than stream '{stream}' of store {store.path} holds: "
-                f"{differences}. Extract the stream again as it was, or train again on this store"
-            )
+    check_features(run.path, run.features, store)
 
 
 def readable(

@@ -91,6 +91,7 @@ class LGTE(nn.Module):
             parts.append(attention(*local, mask, window=self.window, dropout=dropout))
         if self.local_heads < self.heads:
             far = slice(self.local_heads, None)
+            # a sample without any real row sees all of its rows, since not every kernel survives a row that sees none
             seen = None if bool(mask.all()) else (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, T)
             parts.append(
                 F.scaled_dot_product_attention(

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
+from tad.detect.trained_on import read_features
 from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.recipe import DetectRecipe, dump_yaml, load_mapping, validated
 from tad.training.files import (
@@ -85,8 +86,6 @@ FILES = (
 )
 CLASSIFIER, PROPOSALS = "classifier", "proposals"  # folders of runs inside a run
 COPIED = ("classes.json", "features.json", "env.json", "best.safetensors", "recipe.yaml")  # of a proposals run
-# of every stream in features.json, beside its own info
-FEATURE_KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
 
 
 # ---- the run itself --------------------------------------------------------------------------------------------------
@@ -122,23 +121,11 @@ class Run:
         if recipe.detector not in DETECTORS:
             hint = did_you_mean(recipe.detector, DETECTORS)
             raise RecipeError(f"run {path}: its recipe names an unknown detector '{recipe.detector}'.{hint}")
-        classes, features = (read_json(path / name, of="detector's run") for name in ("classes.json", "features.json"))
+        classes = read_json(path / "classes.json", of="detector's run")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")
-        if not isinstance(features, dict):
-            raise RecipeError(f"run {path}: features.json must hold an object of streams")
-        for stream in recipe.streams:
-            known = features.get(stream, {})
-            if not isinstance(known, dict):
-                raise RecipeError(f"run {path}: features.json must hold an object for stream '{stream}', got {known!r}")
-            lacking = [key for key in FEATURE_KEYS if key not in known]
-            if lacking:
-                raise RecipeError(f"run {path}: features.json lacks {', '.join(lacking)} of stream '{stream}'")
-            wrong = [key for key, kind in FEATURE_KEYS.items() if type(known[key]) is not kind]
-            if wrong:
-                kinds = ", ".join(f"{key} must be of type {FEATURE_KEYS[key].__name__}" for key in wrong)
-                raise RecipeError(f"run {path}: features.json is malformed for stream '{stream}': {kinds}")
-        return cls(path, recipe, classes, {stream: features[stream] for stream in recipe.streams})
+        features = read_features(path, recipe.streams, of="detector's run")
+        return cls(path, recipe, classes, features)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from tad.annotations import Truth, read_truth
-from tad.detect.align import check_needs, feature_of
+from tad.detect.align import check_needs
 from tad.detect.data import EpochLoader, VideoDataset, epoch_steps, with_proposals
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.infer import check_same_features, decoded_videos, detections, table_of
-from tad.detect.interface import LevelSpec, Segments
+from tad.detect.interface import Segments
 from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
 from tad.detect.prepare import Prepared, check_recipe, prepare
@@ -41,6 +41,7 @@ from tad.detect.runs import (
     write_text,
     write_weights,
 )
+from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
 from tad.detect.windows import read_whole
 from tad.errors import RecipeError, StoreError, TadError
@@ -351,13 +352,8 @@ def _write_head(
         "recipe_as_given": given.model_dump(mode="json"),
     }
     write_json(path / "env.json", env)
-    features: dict[str, Any] = {}
     video = next(iter(data.train))
-    for stream in recipe.streams:
-        attrs = {k: v for k, v in store.stream_attrs(stream).items() if not k.startswith("encoding-")}
-        feature = feature_of(store, LevelSpec(stream), video)
-        axis = feature.axis.pooled(recipe.data.row_spacing).to_dict()
-        features[stream] = attrs | {"channels": plan.channels[stream], "dtype": str(feature.dtype), "axis": axis}
+    features = described_features(store, plan.channels, video=video, row_spacing=recipe.data.row_spacing)
     failures = plan.failures + data.failures
     if failures:
         lines = (json.dumps(failure.__dict__, ensure_ascii=False) for failure in failures)

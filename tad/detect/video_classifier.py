@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from tad.detect.detectors.common import check_numbers
 from tad.detect.interface import Batch, Detector, LevelSpec, Targets
 
-KERNEL = 3
 NO_ACTION = 1e-3  # rows: added to what the attention's weights are divided by, so that videos without action are safe
 
 
@@ -24,6 +23,26 @@ class VideoOutputs:
     video: Tensor
     rows: Tensor
     mask: Tensor
+
+
+class RowConv(nn.Module):
+    """A dilated convolution of 3 rows with the channels last, (B, T, W) → the same; beyond the ends there are zeros.
+
+    One product of all rows with their neighbours beside them, which on CPUs is faster than ``Conv1d`` between the
+    transpositions that norms by row would need.
+    """
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.weights = nn.Linear(3 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[1]
+        padded = F.pad(x, (0, 0, self.dilation, self.dilation))  # (B, T + 2 d, W)
+        taps = [padded[:, k * self.dilation : k * self.dilation + rows] for k in range(3)]
+        y: Tensor = self.weights(torch.cat(taps, dim=2))  # (B, T, 3 W) -> (B, T, W)
+        return y
 
 
 class VideoClassifier(Detector):
@@ -65,27 +84,24 @@ class VideoClassifier(Detector):
             check_numbers(1, 65536, dilation=dilation)
         self.needs = tuple(LevelSpec(stream) for stream in channels)
         self.rows_weight = rows_weight
-        self.project = nn.Conv1d(sum(channels.values()), width, 1)
-        self.norm = nn.LayerNorm(width)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, KERNEL, dilation=dilation, padding=dilation * (KERNEL // 2))
-            for dilation in dilations
-        )
+        self.project = nn.Linear(sum(channels.values()), width)
+        self.norm = nn.LayerNorm(width)  # of every row by itself, so that padding changes nothing
+        self.convs = nn.ModuleList(RowConv(width, dilation) for dilation in dilations)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in dilations)
         self.dropout = nn.Dropout(dropout)
-        self.rows = nn.Conv1d(width, classes + 1, 1)
+        self.rows = nn.Linear(width, classes + 1)
         self.video = nn.Linear(2 * width, classes)
 
     def forward(self, batch: Batch) -> VideoOutputs:
-        mask = batch.mask[:, None].float()  # (B, 1, T)
-        x = torch.cat([batch.features[need.key] for need in self.needs], dim=1)  # (B, C, T)
-        x = F.relu(_by_row(self.norm, self.project(x))) * mask  # (B, W, T)
+        mask = batch.mask.float()  # (B, T)
+        x = torch.cat([batch.features[need.key] for need in self.needs], dim=1).transpose(1, 2)  # (B, T, C)
+        x = F.relu(self.norm(self.project(x))) * mask[:, :, None]  # (B, T, W)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = x + F.relu(_by_row(norm, conv(x))) * mask
-        rows = self.rows(self.dropout(x))  # (B, K + 1, T)
-        action = (rows[:, :-1].logsumexp(dim=1) - rows[:, -1]).sigmoid() * mask[:, 0]  # (B, T)
-        weights = torch.stack((action / (action.sum(1, keepdim=True) + NO_ACTION), mask[:, 0] / mask.sum(2)), dim=1)
-        pooled = (weights @ x.transpose(1, 2)).flatten(1)  # (B, 2, T) @ (B, T, W) -> (B, 2 * W)
+            x = x + F.relu(norm(conv(x))) * mask[:, :, None]
+        rows = self.rows(self.dropout(x)).transpose(1, 2)  # (B, K + 1, T)
+        action = (rows[:, :-1].logsumexp(dim=1) - rows[:, -1]).sigmoid() * mask  # (B, T)
+        weights = torch.stack((action / (action.sum(1, keepdim=True) + NO_ACTION), mask / mask.sum(1, True)), dim=1)
+        pooled = (weights @ x).flatten(1)  # (B, 2, T) @ (B, T, W) -> (B, 2 * W)
         return VideoOutputs(self.video(self.dropout(pooled)), rows, batch.mask)
 
     def loss(self, outputs: VideoOutputs, targets: Sequence[Targets]) -> dict[str, Tensor]:
@@ -128,9 +144,3 @@ def row_classes(targets: Targets, rows: int, classes: int) -> Tensor:
 def _present(labels: Tensor, classes: int) -> Tensor:
     """Which classes occur (K,)."""
     return (torch.bincount(labels, minlength=classes) > 0).float()
-
-
-def _by_row(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm over channels of every row by itself, so that padding changes nothing: (B, W, T) → the same."""
-    result: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
-    return result

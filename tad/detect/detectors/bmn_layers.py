@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tad.detect.boundary_matching import BoundaryMatching, cells_to_map, map_to_cells
 from tad.detect.segments import segment_tiou
+
+BAND_DURATIONS = 24  # of a map that is convolved at a time, at least
 
 
 class BoundaryEvaluation(nn.Module):
@@ -34,7 +40,7 @@ class ProposalEvaluation(nn.Module):
         self.reduce = nn.Conv1d(channels, matching_channels, 3, padding=1)
         self.matching = matching
         self.mix = nn.Linear(matching.bias.shape[0], width)  # a convolution with kernel 1, on proposals that exist
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.convs = nn.ModuleList(MapConv(width, width, 3, padding=1) for _ in range(2))
         self.logits = nn.Linear(width, 2)
 
     def forward(self, x: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
@@ -45,14 +51,80 @@ class ProposalEvaluation(nn.Module):
         x = F.relu(self.reduce(x)).masked_fill(~mask, 0.0)  # (B, M, T)
         cells = F.relu(self.matching(x), inplace=True)  # (B, N, H)
         kept = valid.to(cells.dtype)  # (B, D, T)
-        # Maps are large (128 x 200 x 200 numbers): each is kept once, in place, and in one layout. Products keep the
-        # layout in the backward pass, masked_fill does not.
         cells = F.relu(self.mix(cells), inplace=True).mul(map_to_cells(kept).unsqueeze(2))  # (B, N, W)
         y = cells_to_map(cells, rows=valid.shape[2], durations=valid.shape[1])  # (B, W, D, T)
         for conv in self.convs:
-            y = F.relu(conv(y).mul_(kept[:, None]), inplace=True)
+            y = conv(y, kept)
         logits: Tensor = self.logits(y.permute(0, 2, 3, 1))  # (B, D, T, 2)
         return logits.permute(0, 3, 1, 2)
+
+
+class MapConv(nn.Conv2d):
+    """A 3x3 convolution of a map of proposals, then ReLU; what is not a proposal is zero, and hardly computed.
+
+    The longer proposals are, the fewer there are: the map is convolved in bands of durations, each as wide as it needs
+    to be. That is little more than half of the work. Of the results one map is kept, in one layout.
+    """
+
+    def forward(self, y: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
+        """``y`` (B, W, D, T), zero where ``kept`` (B, D, T) is 0 → the same shape, zero there."""
+        assert self.bias is not None
+        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)  # another type under autocast
+        result: Tensor = _BandedConv.apply(y, weight, bias, kept.unsqueeze(1))
+        return result
+
+
+class _BandedConv(torch.autograd.Function):
+    """relu(conv2d(y, padding=1)) * kept, band by band."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, kept: Tensor) -> Tensor:
+        result = torch.zeros_like(y)
+        with torch.autocast(y.device.type, enabled=False):
+            for band in _bands(y):
+                result[band.cells] = F.conv2d(F.pad(y[band.seen], band.padding), weight, bias)
+        result.relu_().mul_(kept)
+        ctx.save_for_backward(y, weight, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        y, weight, result = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, result, 0)  # 0 as well where nothing was kept
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        grad_y, grad_weight = torch.zeros_like(y), torch.zeros_like(weight, dtype=sums)
+        one, none = [1, 1], [0, 0]
+        for band in _bands(y):
+            seen = F.pad(y[band.seen], band.padding)
+            of_seen, of_weight, _ = torch.ops.aten.convolution_backward(
+                grad[band.cells], seen, weight, None, one, none, one, False, none, 1, [True, True, False]
+            )
+            grad_y[band.seen] += F.pad(of_seen, [-side for side in band.padding])
+            grad_weight += of_weight
+        return grad_y, grad_weight.to(weight.dtype), grad.sum((0, 2, 3)), None
+
+
+class _Band(NamedTuple):
+    """A part of a map (B, W, D, T), what a 3x3 convolution of it sees of the map, and what is to be put round that."""
+
+    cells: tuple[slice, ...]
+    seen: tuple[slice, ...]
+    padding: tuple[int, int, int, int]  # as F.pad takes it
+
+
+def _bands(y: Tensor) -> list[_Band]:
+    """Bands of durations of a map (B, W, D, T), each with the starts that its shortest proposals have."""
+    durations, rows = y.shape[-2:]
+    count = max(1, durations // BAND_DURATIONS)
+    edges = [durations * k // count for k in range(count + 1)]
+    everything, found = slice(None), []
+    for top, bottom in pairwise(edges):
+        width, first, last = rows - top, max(top - 1, 0), min(bottom + 1, durations)
+        padding = (1, int(top == 0), first - (top - 1), bottom + 1 - last)
+        cells, seen = (slice(top, bottom), slice(width)), (slice(first, last), slice(min(width + 1, rows)))
+        found.append(_Band((everything, everything, *cells), (everything, everything, *seen), padding))
+    return found
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
