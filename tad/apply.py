@@ -91,8 +91,10 @@ def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, Extrac
         if any(other.features.get(stream, features)["fingerprint"] != features["fingerprint"] for other in run.parts):
             raise RecipeError(f"run {run.path} and the run inside it read two different streams called '{stream}'")
         spec: dict[str, Any] = features["spec"]
-        weights_file = ""  # of imported features, which recipe_of refuses
-        if not spec.get("imported"):
+        weights_file: str | None = ""  # of imported features, which recipe_of refuses
+        if "weights" in spec and spec["weights"] is None:
+            weights_file = None  # frames and flow need none
+        elif not spec.get("imported"):
             weights_file = _find_weights(stream, spec["weights"], features.get("weights_source"), part, weights)
         recipes[stream] = recipe_of(spec, weights=weights_file)
     return recipes

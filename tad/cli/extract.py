@@ -16,7 +16,11 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
     "--format", type=click.Choice(["zarr", "hdf5"]), help="Format of a new store.  [default: by its name, else zarr]"
 )
 @click.option(
-    "--backbone", "backbones", multiple=True, required=True, help="Network; repeatable. i3d = i3d-rgb and i3d-flow."
+    "--backbone",
+    "backbones",
+    multiple=True,
+    required=True,
+    help="Network; repeatable. i3d = i3d-rgb and i3d-flow; frames and flow-frames are small uint8 frames themselves.",
 )
 @click.option(
     "--weights",
@@ -51,6 +55,12 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
 @click.option(
     "--levels", is_flag=True, help="Store the last three stage outputs as well (s2, s4, s8; res3, res4, res5)."
 )
+@click.option(
+    "--maps",
+    callback=lambda ctx, param, value: tuple(name.strip() for name in value.split(",")) if value else (),
+    metavar="LEVEL,...",
+    help="Store these stage outputs with height and width, float16 (s4,s8 as s4-map, s8-map).",
+)
 @click.option("--port", help="Whose arithmetic, where ports of a network differ.  [default: the checkpoint's]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @device_option
@@ -76,12 +86,13 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     \b
     tad extract videos/ --store features.zarr --backbone i3d --weights rgb_imagenet.pt --weights flow_imagenet.pt
     tad extract v.mp4 --store features.zarr --backbone i3d-rgb --weights random --crop 256x320 --stride 4
+    tad extract videos/ --store maps.zarr --backbone i3d-rgb --backbone frames --weights w.pt --fps 10 --maps s4,s8
     tad extract videos/ --store s3://bucket/features.zarr --backbone i3d-rgb --weights w.pt --scheduler tcp://host:8786
     """
     from tad.extract import pipeline, report
     from tad.progress import progress
 
-    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "precision", "port",
+    same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "maps", "precision", "port",
             "interpolate_positions")  # fmt: skip
     recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
     common = {

@@ -20,14 +20,14 @@ def store() -> None:
 @click.option("--stream", help="Only this stream.")
 @as_json
 def store_ls(path: str, stream: str | None, as_json: bool) -> None:
-    """List the entries of the store at PATH: stream, video, level, rows, channels, seconds."""
+    """List the entries of the store at PATH: stream, video, level, shape (rows first), type, seconds."""
     from tad.store import open_store
 
     with open_store(path) as opened:
         table = opened.catalog()
     if stream is not None:
         table = table[table["stream"] == stream]
-    columns = ["stream", "video", "level", "rows", "channels", "dtype", "scale_s", "duration_s"]
+    columns = ["stream", "video", "level", "shape", "dtype", "scale_s", "duration_s"]
     if as_json:
         show(json.loads(table.to_json(orient="records")))
     else:

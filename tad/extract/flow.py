@@ -16,6 +16,7 @@ import numpy as np
 
 from tad.errors import RecipeError, did_you_mean
 
+BOUND = 20.0  # pixels a frame that 0 and 255 stand for
 DIS_MIN_SIDE = 16  # OpenCV's DIS refuses sides below 12 and gives NaN at 8 x 300
 
 
@@ -124,7 +125,7 @@ def build_flow(name: str) -> FlowEstimator:
     return FLOWS[name]()
 
 
-def quantise(flow: np.ndarray, bound: float = 20.0) -> np.ndarray:
+def quantise(flow: np.ndarray, bound: float = BOUND) -> np.ndarray:
     """Flow in pixels → uint8, same shape: clipped to ±bound, then ``round((flow + bound) * 255 / (2 * bound))``.
 
     -bound → 0, 0 → 128, bound → 255, as the flow stream of I3D was trained (README of kinetics-i3d). NaN is no motion.
@@ -151,7 +152,7 @@ class FlowStream:
     flow_s : seconds spent here so far, over all videos.
     """
 
-    def __init__(self, estimator: FlowEstimator, *, bound: float = 20.0, threads: int = 1) -> None:
+    def __init__(self, estimator: FlowEstimator, *, bound: float = BOUND, threads: int = 1) -> None:
         self.estimator = estimator
         self.bound = bound
         self.threads = max(1, threads)

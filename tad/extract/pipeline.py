@@ -24,7 +24,7 @@ from tad.errors import RecipeError, TadError
 from tad.extract.frames import Begin, End, Failed, Frames, read_videos
 from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.outcome import ExtractReport, Failure, FailureLog, default_failures
-from tad.extract.snippets import FrameBuffer, LevelTiler
+from tad.extract.snippets import FrameBuffer, LevelTiler, joined
 from tad.extract.streams import Stream, resolve
 from tad.extract.video import VideoInfo, probe, source_of
 from tad.progress import Progress, ProgressFactory, silent
@@ -208,7 +208,7 @@ def extract_group(
     ``cores`` of this machine are ours, by default all.
     """
     streams = group[0][1]
-    device = next(streams[0].backbone.parameters()).device.type
+    on_cpu = any(s.device.type == "cpu" and not s.raw for s in streams)
     flows = {s.flow.name: s.flow for s in streams if s.flow is not None}
     items = read_videos(
         [file for file, _, _ in group],
@@ -216,8 +216,8 @@ def extract_group(
         geometry=streams[0].geometry,
         rgb=any(s.flow is None for s in streams),
         flows=list(flows.values()),
-        # on the CPU the network has the cores; beside a GPU they are idle
-        flow_threads=1 if device == "cpu" else max(1, (cores or os.cpu_count() or 2) // 2),
+        # on the CPU the network has the cores; beside a GPU, or without a network, they are idle
+        flow_threads=1 if on_cpu else max(1, (cores or os.cpu_count() or 2) // 2),
     )
     begin: Begin | None = None
     running: list[VideoRun] = []
@@ -258,10 +258,9 @@ class VideoRun:
 
     def __init__(self, stream: Stream, begin: Begin, *, batch: int) -> None:
         self.stream, self.begin = stream, begin
-        device = next(stream.backbone.parameters()).device
-        self.buffer = FrameBuffer(stream.plan, batch=batch, device=device)
-        self.rows: list[np.ndarray] = []
-        self.tilers = {level: LevelTiler(stream.plan, stride) for level, stride in stream.levels.items()}
+        self.buffer = FrameBuffer(stream.plan, batch=batch, device=stream.device)
+        self.rows: list[torch.Tensor] = []
+        self.tilers = {level: LevelTiler(stream.plan, stride) for level, stride in stream.sequences.items()}
 
     def push(self, item: Frames) -> float:
         """Give the frames to the network, window by window; returns the seconds that it took."""
@@ -283,7 +282,7 @@ class VideoRun:
     def _run(self, windows: torch.Tensor) -> None:
         with torch.inference_mode():
             outputs = self.stream.run(windows)
-        self.rows.append(outputs["features"].numpy())  # (B, D)
+        self.rows.append(outputs["features"])  # (B, D), or (B, C, H, W) of raw frames
         for level, tiler in self.tilers.items():
             tiler.push(outputs[level])
 
@@ -291,7 +290,7 @@ class VideoRun:
         """Write the entry and return its number of rows."""
         stream, fps, frames = self.stream, self.begin.fps, self.buffer.frames
         plan = stream.plan
-        features = np.concatenate(self.rows)  # (rows, D)
+        features = joined(self.rows).numpy()  # (rows, D)
         levels = {"features": level_of(features, plan.axis(fps), fps, plan.stride, plan.span, frames)}
         for name, tiler in self.tilers.items():
             step = tiler.step_frames

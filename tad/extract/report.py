@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from tad.errors import RecipeError, StoreError
 from tad.extract.backbones import SPECS
 from tad.extract.inputs import find_videos
 from tad.extract.jobs import spread
+from tad.extract.maps import map_name, map_shapes
 from tad.extract.outcome import ExtractReport, Failure
 from tad.extract.pipeline import plan_work, resolve_all
 from tad.extract.published import PUBLISHED, split_name
+from tad.extract.raw import FIELDS, RAW
 from tad.extract.snippets import LevelTiler
 from tad.extract.streams import Stream, expand
 from tad.progress import duration_text
@@ -24,7 +29,8 @@ def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping
     """One recipe a backbone; ``weights`` holds one for all (``random``), one each in order, or ``BACKBONE=FILE``.
     Names of published weights go to the backbone that they are of.
 
-    Values that only some networks understand (``flow``) are given to those alone.
+    Values that only some understand are given to those alone: ``flow`` to what reads optical flow, and what is for
+    networks to networks, where there are any beside raw frames.
 
     Raises
     ------
@@ -40,20 +46,24 @@ def recipes_of(backbones: Sequence[str], weights: Sequence[str], values: Mapping
             named[backbone] = item
         elif item.split("=", 1)[0] not in named:
             rest.append(item)
-    unnamed = [name for name in names if name not in named]
-    if len(rest) == 1 and rest[0].startswith("random"):
+    specs = {**SPECS, **RAW}
+    networks = [name for name in names if name not in RAW]
+    unnamed = [name for name in networks if name not in named]
+    if len(rest) == 1 and rest[0].startswith("random") and unnamed:
         rest = rest * len(unnamed)
     if rest and len(rest) != len(unnamed):
         raise RecipeError(
-            f"{len(rest)} --weights for {len(unnamed)} backbones ({', '.join(unnamed)}): give one each, in this order, "
+            f"{len(rest)} --weights for {len(unnamed)} networks ({', '.join(unnamed)}): give one each, in this order, "
             "or as BACKBONE=FILE"
         )
     chosen = {**named, **dict(zip(unnamed, rest, strict=False))}
-    if values.get("flow") is not None and all(SPECS[name].modality == "rgb" for name in names):
+    if values.get("flow") is not None and all(specs[name].modality == "rgb" for name in names):
         raise RecipeError(f"--flow {values['flow']}: none of {', '.join(names)} reads optical flow")
     recipes = []
     for name in names:
-        own = {k: v for k, v in values.items() if k != "flow" or SPECS[name].modality == "flow"}
+        own = {k: v for k, v in values.items() if k != "flow" or specs[name].modality == "flow"}
+        if name in RAW and networks:
+            own = {key: value for key, value in own.items() if key in FIELDS}
         recipes.append(ExtractRecipe(backbone=name, weights=chosen.get(name), **own))
     return recipes
 
@@ -74,9 +84,10 @@ def dry_run(
 
     Returns
     -------
-    dict with ``entries`` (stream, video, level, rows, channels, bytes), ``already``, ``failures``, ``video_s``,
-    ``bytes``; with ``workers`` or ``scheduler`` also ``spread``: the videos and seconds that each process would get, if
-    seconds of video cost the same everywhere. Only for a ``scheduler`` is anybody asked, about its workers.
+    dict with ``entries`` (stream, video, level, rows, channels, shape, dtype, bytes), ``already``, ``failures``,
+    ``video_s``, ``bytes``; with ``workers`` or ``scheduler`` also ``spread``: the videos and seconds that each process
+    would get, if seconds of video cost the same everywhere. Only for a ``scheduler`` is anybody asked, about its
+    workers.
 
     Raises
     ------
@@ -102,10 +113,18 @@ def dry_run(
             groups = plan_work(files, streams, opened, report, overwrite=overwrite)
     work = [item for group in groups.values() for item in group]
     entries = []
+    maps: dict[tuple[str, int, int], dict[str, tuple[int, ...]]] = {}  # their shapes, for each size of frames once
     for file, members, info in work:
         for stream in members:
             frames = max(1, round((info.header_duration_s or 0.0) * (stream.fps or info.fps)))
-            entries += [{"stream": stream.name, "video": file.video, **level} for level in _levels(stream, frames)]
+            cut = stream.geometry.plan(info.height, info.width)
+            size = (cut.height, cut.width)
+            if stream.maps and (stream.name, *size) not in maps:
+                maps[stream.name, *size] = map_shapes(
+                    stream.backbone, stream.maps, frames=stream.plan.window, size=size
+                )
+            arrays = _arrays(stream, frames, size, maps.get((stream.name, *size), {}))
+            entries += [{"stream": stream.name, "video": file.video, **array} for array in arrays]
     plan = {
         "entries": entries,
         "already": report.already,
@@ -128,26 +147,48 @@ def dry_run(
     return plan
 
 
-def _levels(stream: Stream, frames: int) -> list[dict[str, Any]]:
+def _arrays(
+    stream: Stream, frames: int, size: tuple[int, int], maps: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, Any]]:
+    """What would be written of one video with ``frames`` frames of this size on the grid: an item a level."""
     spec = stream.backbone.spec
-    shapes = {"features": (stream.plan.rows(frames), spec.width)}
-    for level, stride in stream.levels.items():
-        positions = -(-frames // LevelTiler(stream.plan, stride).step_frames)
-        shapes[level] = (positions, spec.levels[level].channels)
+    steps = {name: LevelTiler(stream.plan, stride).step_frames for name, stride in stream.sequences.items()}
+    rows = {name: -(-frames // step) for name, step in steps.items()}
+    each = (spec.width, *size) if stream.raw else (spec.width,)
+    shapes: dict[str, tuple[int, ...]] = {"features": (stream.plan.rows(frames), *each)}
+    types = {"features": np.dtype("uint8" if stream.raw else "float32")}
+    for level in stream.levels:
+        shapes[level], types[level] = (rows[level], spec.levels[level].channels), np.dtype("float32")
+    for name, shape in ((map_name(level), shape) for level, shape in maps.items()):
+        shapes[name], types[name] = (rows[name], *shape), np.dtype("float16")
     return [
-        {"level": k, "rows": rows, "channels": width, "bytes": 4 * rows * width} for k, (rows, width) in shapes.items()
+        {
+            "level": level,
+            "rows": shape[0],
+            "channels": shape[1],
+            "shape": list(shape),
+            "dtype": types[level].name,
+            "bytes": math.prod(shape) * types[level].itemsize,
+        }
+        for level, shape in shapes.items()
     ]
 
 
 def dry_run_lines(plan: Mapping[str, Any], *, limit: int = 5) -> list[str]:
-    """A plan as text: the first entries, then the sums."""
+    """A plan as text: the first entries, the sum of every level where there are several, then the sum of all."""
     entries = plan["entries"]
     lines = [
-        f"{e['stream']}/{e['video']}/{e['level']}: {e['rows']} rows x {e['channels']}, {e['bytes'] / 2**20:.2f} MiB"
+        f"{e['stream']}/{e['video']}/{e['level']}: {e['rows']} rows x {' x '.join(map(str, e['shape'][1:]))} "
+        f"{e['dtype']}, {e['bytes'] / 2**20:.2f} MiB"
         for e in entries[:limit]
     ]
     if len(entries) > limit:
         lines.append(f"… and {len(entries) - limit} more (--json lists all)")
+    sums: dict[str, int] = {}
+    for e in entries:
+        sums[f"{e['stream']}/*/{e['level']}"] = sums.get(f"{e['stream']}/*/{e['level']}", 0) + e["bytes"]
+    if len(sums) > 1:
+        lines += [f"{name}: {size / 2**20:.1f} MiB in all" for name, size in sums.items()]
     lines += [f"cannot be read: {failure['message']}" for failure in plan["failures"]]
     lines.append(
         f"would write {len(entries)} arrays, {plan['bytes'] / 2**20:.1f} MiB, from {plan['video_s']:.1f} s of video; "

@@ -132,15 +132,35 @@ class LevelTiler:
         self._tail: Tensor | None = None
 
     def push(self, maps: Tensor) -> None:
-        """Take the level's positions of the next windows, (B, C, T'), in order."""
+        """Take the level's positions of the next windows, (B, C, T', ...), in order; maps end in H', W'."""
         stop = self.lead + self.per_step
-        for window in maps:  # (C, T')
+        for window in maps.movedim(2, 1):  # (T', C, ...)
             start = 0 if not self._parts else self.lead
-            self._parts.append(window[:, start:stop].T)  # (n, C)
-        self._tail = maps[-1, :, stop:].T
+            self._parts.append(_alone(window[start:stop]))  # (n, C, ...)
+        self._tail = _alone(maps[-1].movedim(1, 0)[stop:])
 
     def finish(self, frames: int) -> Tensor:
-        """The whole level, (positions, C): all positions that begin before the video's last frame ends."""
+        """The whole level, (positions, C, ...): all positions that begin before the video's last frame ends."""
         assert self._tail is not None
-        rows = torch.cat([*self._parts, self._tail])
+        rows = joined([*self._handed_over(), self._tail])
         return rows[: -(-frames // self.step_frames)]
+
+    def _handed_over(self) -> list[Tensor]:
+        parts, self._parts = self._parts, []
+        return parts
+
+
+def _alone(rows: Tensor) -> Tensor:
+    """A copy, which does not keep the whole batch that it was cut out of in memory."""
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """``torch.cat(parts)``; ``parts`` is emptied meanwhile, so that frames and maps are not in memory twice."""
+    rows = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    end = len(rows)
+    while parts:
+        part = parts.pop()
+        rows[end - len(part) : end] = part
+        end -= len(part)
+    return rows

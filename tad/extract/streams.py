@@ -16,8 +16,10 @@ from tad._version import __version__
 from tad.errors import RecipeError, WeightsError, did_you_mean
 from tad.extract.backbones import BACKBONES, GROUPS, build_backbone
 from tad.extract.backbones.base import Backbone, BackboneSpec
-from tad.extract.flow import FlowEstimator, build_flow
+from tad.extract.flow import BOUND, FlowEstimator, build_flow
+from tad.extract.maps import as_half, map_name, maps_of
 from tad.extract.published import of_backbone, split_name
+from tad.extract.raw import RAW, RawFrames, check_raw
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry
 from tad.recipe import ExtractRecipe
@@ -40,31 +42,49 @@ class Stream:
     geometry: Geometry
     fps: float | None
     flow: FlowEstimator | None
-    levels: dict[str, int]  # level -> frames a position
+    levels: dict[str, int]  # stage output, averaged over space -> frames a position
+    maps: dict[str, int]  # stage output, kept with height and width -> frames a position
     spec: dict[str, Any]
     info: dict[str, Any]
+    device: torch.device
+
+    @property
+    def raw(self) -> bool:
+        """Whether its rows are the frames themselves."""
+        return isinstance(self.backbone, RawFrames)
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        """Levels beside ``features`` under the names that the store has for them -> frames a position."""
+        return self.levels | {map_name(level): stride for level, stride in self.maps.items()}
 
     def run(self, windows: Tensor) -> dict[str, Tensor]:
-        """uint8 windows (B, T, H, W, C) → ``features`` (B, D) and, if asked for, levels (B, C, T'), float32 on the
-        CPU.
+        """uint8 windows (B, T, H, W, C) → on the CPU ``features`` (B, D) and, if asked for, levels (B, C, T'), float32,
+        and maps (B, C, T', H', W'), float16; of raw frames ``features`` (B, C, H, W), uint8.
+
+        Raises
+        ------
+        TadError : a map has values that float16 cannot hold.
         """
         dtype = AUTOCAST[self.recipe.precision]
         clips = self.backbone.normalise(windows.permute(0, 4, 1, 2, 3))  # (B, C, T, H, W)
         with torch.autocast(clips.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            outputs = self.backbone(clips, levels=bool(self.levels))
-        rows = {"features": outputs["features"]}
+            outputs = self.backbone(clips, levels=bool(self.levels or self.maps))
+        features = outputs["features"]
+        rows = {"features": features if self.raw else features.float()}
         rows |= {level: outputs[level].float().mean(dim=(-2, -1)) for level in self.levels}  # (B, C, T')
-        return {name: value.float().cpu() for name, value in rows.items()}
+        rows |= {map_name(level): as_half(outputs[level], where=f"{self.name}: {level}") for level in self.maps}
+        return {name: value.cpu() for name, value in rows.items()}
 
 
 def expand(backbones: Sequence[str]) -> list[str]:
-    """Backbone names with groups (``i3d`` = ``i3d-rgb`` and ``i3d-flow``) spelt out."""
+    """Backbone names with groups (``i3d`` = ``i3d-rgb`` and ``i3d-flow``) spelt out; raw frames are named like them."""
     names: list[str] = []
     for name in backbones:
         members = GROUPS.get(name, (name,))
         for member in members:
-            if member not in BACKBONES:
-                raise RecipeError(f"unknown backbone '{member}'.{did_you_mean(member, [*BACKBONES, *GROUPS])}")
+            if member not in BACKBONES and member not in RAW:
+                raise RecipeError(f"unknown backbone '{member}'.{did_you_mean(member, [*BACKBONES, *GROUPS, *RAW])}")
         names.extend(member for member in members if member not in names)
     return names
 
@@ -78,8 +98,10 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
     an RGB network.
     WeightsError : no weights given, or a checkpoint that does not fit.
     """
+    if recipe.backbone in RAW:
+        return _resolve_raw(recipe, name=name)
     if recipe.backbone not in BACKBONES:
-        raise RecipeError(f"unknown backbone '{recipe.backbone}'.{did_you_mean(recipe.backbone, BACKBONES)}")
+        raise RecipeError(f"unknown backbone '{recipe.backbone}'.{did_you_mean(recipe.backbone, [*BACKBONES, *RAW])}")
     if recipe.weights is None:
         raise WeightsError(
             f"{recipe.backbone} has no weights: give a checkpoint with --weights FILE, published ones with "
@@ -104,7 +126,8 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
     levels = {level: info.stride for level, info in spec.levels.items()} if recipe.levels else {}
     if recipe.levels and not levels:
         raise RecipeError(f"{spec.name} has no stage outputs to store as levels")
-    for level, stride in levels.items():
+    maps = maps_of(spec, recipe.maps)
+    for level, stride in (levels | maps).items():
         plan.check_level(level, stride)
     flow = build_flow(recipe.flow or "dis") if spec.modality == "flow" else None
     crop = "full" if geometry.crop is None else list(geometry.crop)
@@ -116,6 +139,8 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         special["positions"] = "interpolated"
     if spec.channel_order != "rgb":
         special["channel_order"] = spec.channel_order
+    if maps:
+        special["maps"] = maps
     described: dict[str, Any] = {
         "backbone": spec.name,
         "variant": backbone.variant,
@@ -134,7 +159,41 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
         **special,
     }
     info = {"weights_source": source_of(recipe.weights), "tad_version": __version__}
-    return Stream(name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, described, info)
+    return Stream(
+        name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, maps, described, info,
+        torch.device(device),
+    )  # fmt: skip
+
+
+def _resolve_raw(recipe: ExtractRecipe, *, name: str | None) -> Stream:
+    """The stream of the frames themselves; they stay on the CPU."""
+    check_raw(recipe)
+    spec = RAW[recipe.backbone]
+    if recipe.flow is not None and spec.modality == "rgb":
+        raise RecipeError(f"--flow {recipe.flow}: {spec.name} are RGB frames; flow-frames are optical flow")
+    plan = SnippetPlan(spec.window, spec.interval, spec.stride)
+    geometry = geometry_of(spec, recipe.short_side, recipe.crop)
+    fps = None if recipe.fps == "native" else recipe.fps
+    flow = build_flow(recipe.flow or "dis") if spec.modality == "flow" else None
+    described: dict[str, Any] = {
+        "backbone": spec.name,
+        "weights": None,
+        "fps": fps,
+        "window": plan.window,
+        "interval": plan.interval,
+        "stride": plan.stride,
+        "short_side": geometry.short_side,
+        "crop": "full" if geometry.crop is None else list(geometry.crop),
+        "flow": None if flow is None else {"name": flow.name, **flow.params},
+        "channels": ["red", "green", "blue"] if flow is None else ["x", "y"],
+        "value_range": [0.0, 255.0] if flow is None else [-BOUND, BOUND],  # what 0 and 255 stand for
+        "extractor": EXTRACTOR,
+    }
+    info = {"weights_source": None, "tad_version": __version__}
+    return Stream(
+        name or spec.name, recipe, RawFrames(spec), plan, geometry, fps, flow, {}, {}, described, info,
+        torch.device("cpu"),
+    )  # fmt: skip
 
 
 def source_of(weights: str) -> str:
@@ -169,8 +228,9 @@ def geometry_of(
     return Geometry(short_side or spec.short_side, cut, resize)
 
 
-def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
-    """The recipe that makes a stream of this stored ``spec`` again; ``weights`` is where its checkpoint lies.
+def recipe_of(spec: dict[str, Any], *, weights: str | None) -> ExtractRecipe:
+    """The recipe that makes a stream of this stored ``spec`` again; ``weights`` is where its checkpoint lies, which raw
+    frames do not have.
 
     Raises
     ------
@@ -183,6 +243,14 @@ def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
             f"the stream was made by extractor {spec.get('extractor')}, this tad has {EXTRACTOR}: extract it again"
         )
     flow = spec["flow"]
+    if spec["backbone"] in RAW:
+        return ExtractRecipe(
+            backbone=spec["backbone"],
+            fps=spec["fps"] or "native",
+            short_side=spec["short_side"],
+            crop="full" if spec["crop"] == "full" else tuple(spec["crop"]),
+            flow=None if flow is None else flow["name"],
+        )
     return ExtractRecipe(
         backbone=spec["backbone"],
         weights=weights,
@@ -195,6 +263,7 @@ def recipe_of(spec: dict[str, Any], *, weights: str) -> ExtractRecipe:
         interpolate_positions=spec.get("positions") == "interpolated",
         flow=None if flow is None else flow["name"],
         levels=bool(spec["levels"]),
+        maps=tuple(spec.get("maps", ())),
         precision=spec["precision"],
         port=spec["variant"],
     )

@@ -30,12 +30,14 @@ _NUMBERS = (
     "window_frames",
     "num_frames_used",
 )
-COLUMNS = ("stream", "video", "level", *_WHOLE, "dtype", *_NUMBERS, "written_at", "path")
+COLUMNS = ("stream", "video", "level", *_WHOLE, "shape", "dtype", *_NUMBERS, "written_at", "path")
+_BEFORE_SHAPES = tuple(name for name in COLUMNS if name != "shape")  # what files of tad 0.1 list
 
 
 def catalog(store: Store, *, refresh: bool) -> pd.DataFrame:
     """The table of all entries, in the order of stream, video and level (fine to coarse).
 
+    ``shape`` is that of the array, as text (``900x1024``, of maps ``900x832x6x6``).
     ``path`` is the place of the array inside the store (``da.from_zarr(root, component=path)``, ``store.h5[path]``).
     Entries whose metadata is damaged are left out with a warning.
     """
@@ -60,7 +62,7 @@ def read_rows(store: Store) -> list[dict[str, Any]] | None:
     try:
         reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), strict=True)
         rows = [_parsed(row) for row in reader]
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, _BEFORE_SHAPES):
             raise ValueError(f"its columns are {reader.fieldnames}")
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error}); write it again") from error
@@ -85,7 +87,7 @@ def _current_rows(store: Store) -> list[dict[str, Any]] | None:
     if rows is None:
         return None
     listed = {(row["stream"], row["video"]) for row in rows}
-    if listed != set(store):
+    if listed != set(store) or any("shape" not in row for row in rows):
         return None
     backend = store._backend
     if backend.stamps_are_cheap:
@@ -109,6 +111,7 @@ def _scan(store: Store) -> Iterator[dict[str, Any]]:
         for level in attrs["levels"]:
             row = {"stream": stream, "video": video, "level": level["path"], "path": f"{path}/{level['path']}"}
             row |= {"rows": level["shape"][0], "channels": level["shape"][1], "dtype": level["dtype"]}
+            row["shape"] = "x".join(map(str, level["shape"]))
             row |= {name: level[name] for name in _NUMBERS if name != "duration_s"}
             yield row | {"duration_s": attrs["duration_s"], "written_at": attrs["written_at"]}
     if damaged:

@@ -17,8 +17,8 @@ from tad.store.names import encode_name
 
 INDEX = "index.json"
 COLUMNS = (
-    "video", "file", "level", "rows", "channels", "dtype", "scale_s", "translation_s", "window_s", "duration_s", "fps",
-    "stride_frames", "window_frames",
+    "video", "file", "level", "rows", "channels", "shape", "dtype", "scale_s", "translation_s", "window_s",
+    "duration_s", "fps", "stride_frames", "window_frames",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _described(video: str, file: str, feature: Any) -> tuple[Any, ...]:
     frames = (about.get(name) for name in ("fps", "stride_frames", "window_frames"))
     fps, stride, window = frames
     axis = feature.axis
-    size = (feature.shape[0], feature.shape[1], feature.dtype.name)
+    size = (feature.shape[0], feature.shape[1], list(feature.shape), feature.dtype.name)
     times = (axis.scale_s, axis.translation_s, axis.window_s, feature.duration_s)
     return (video, file, feature.level, *size, *times, fps, stride, window)
 

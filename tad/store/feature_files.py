@@ -72,15 +72,16 @@ def find_files(source: Path) -> list[FeatureFile]:
 
 
 def read_features(file: FeatureFile, *, allow_pickle: bool) -> np.ndarray:
-    """The array of one file with singleton axes removed, as it lies there: (T, C) or (C, T).
+    """The array of one file with singleton axes removed, as it lies there: (T, C) or (C, T), of maps and frames
+    (T, C, H, W) or (C, T, H, W).
 
     Raises
     ------
-    One of ``UNREADABLE`` : the file cannot be read, or does not hold one two-dimensional array.
+    One of ``UNREADABLE`` : the file cannot be read, or does not hold one such array.
     """
     if file.key is not None:
-        return _two_dimensional(_read_hdf5_key(file.path, file.key))
-    return _two_dimensional(READERS[file.path.suffix.lower()](file.path, allow_pickle))
+        return _of_two_or_four_axes(_read_hdf5_key(file.path, file.key))
+    return _of_two_or_four_axes(READERS[file.path.suffix.lower()](file.path, allow_pickle))
 
 
 def why_not(file: FeatureFile, *, allow_pickle: bool) -> str | None:
@@ -97,14 +98,14 @@ def why_not(file: FeatureFile, *, allow_pickle: bool) -> str | None:
     return None
 
 
-def _two_dimensional(array: np.ndarray) -> np.ndarray:
+def _of_two_or_four_axes(array: np.ndarray) -> np.ndarray:
     shape = array.shape
     while array.ndim > 2 and array.shape[-1] == 1:  # T x C x 1 x 1
         array = array[..., 0]
-    while array.ndim > 2 and array.shape[0] == 1:  # 1 x T x C
-        array = array[0]
-    if array.ndim != 2:
-        raise Unreadable(f"has the shape {shape}; expected rows and channels")
+    while array.ndim > 2 and array.shape[0] == 1 and (array.ndim != 4 or array.shape[1] == 1):
+        array = array[0]  # 1 x T x C, 1 x 1 x T x C, 1 x T x C x H x W; but 1 x C x H x W is a map of one row
+    if array.ndim not in (2, 4):
+        raise Unreadable(f"has the shape {shape}; expected rows and channels, and of maps height and width")
     if 0 in array.shape:
         raise Unreadable(f"is empty: its shape is {shape}")
     if array.dtype.kind not in "fiu":

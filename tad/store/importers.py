@@ -21,6 +21,7 @@ from tad.timeline import TimeAxis
 
 Layout = Literal["TC", "CT"]
 _LOOKED_AT = 32  # files whose shapes decide which axis is time
+_Form = tuple[int, int]  # how many axes an array has, and how many channels
 _ROWS_OFF = 2  # rows by which a sequence may differ from what its duration promises
 
 
@@ -127,7 +128,7 @@ def import_features(
     source : a folder with a file per video (.npy, .npz, .csv, .pt, .pkl), or one HDF5 file with a key per video.
     fps, window, stride, offset : of the extraction, lengths in frames; ``offset`` is where the first window starts.
     layout : ``"TC"`` or ``"CT"``; None finds it out from the shapes (channels do not vary) and refuses if it cannot.
-        CSV files are always rows by channels.
+        CSV files are always rows by channels. Maps and frames are (T, C, H, W), with ``"CT"`` (C, T, H, W).
     durations : seconds by video; needed for ``rescaled``. A sequence that is off by more than two rows is warned about.
     allow_pickle : read .pkl files and pickled arrays, which can run any code.
     prefix, suffix : parts of the file's name (without extension) that do not belong to the video's id.
@@ -146,18 +147,18 @@ def import_features(
         store.create_stream(stream, grid.spec())  # refuses other numbers before anything is read
     report = ImportReport()
     files = _with_ids(find_files(Path(source)), prefix, suffix, report, allow_pickle=allow_pickle)
-    channels = _stored_channels(store, stream) if exists else None
-    if layout is None or channels is None:
+    form = _stored_form(store, stream) if exists else None
+    if layout is None or form is None:
         shapes = _some_shapes(files, allow_pickle=allow_pickle)
-        layout = layout or _find_layout(files, shapes, grid, channels)
-        channels = channels or _usual_channels(files, shapes, layout)
+        layout = layout or _find_layout(files, shapes, grid, None if form is None else form[1])
+        form = form or _usual_form(files, shapes, layout)
     for video, file in files.items():
         try:
             source_of_it = file.source()
             if exists and not overwrite and store.is_done(stream, video, source_of_it):
                 report.already.append(video)
                 continue
-            level, duration_s = _read(file, video, grid, layout, channels, allow_pickle=allow_pickle)
+            level, duration_s = _read(file, video, grid, layout, form, allow_pickle=allow_pickle)
         except (StoreError, *UNREADABLE) as error:
             plain = isinstance(error, StoreError | Unreadable)
             report.skipped.append((file.label, str(error) if plain else describe(error)))
@@ -210,12 +211,14 @@ def _with_ids(
 
 
 def _read(
-    file: FeatureFile, video: str, grid: _Grid, layout: Layout | None, channels: int | None, *, allow_pickle: bool
+    file: FeatureFile, video: str, grid: _Grid, layout: Layout | None, form: _Form | None, *, allow_pickle: bool
 ) -> tuple[Level, float]:
     """One file as a level, and the duration of its video in seconds."""
-    array = _rows_first(read_features(file, allow_pickle=allow_pickle), file, layout)  # (T, C)
-    if array.shape[1] != channels:
-        raise Unreadable(f"has {array.shape[1]} channels, the stream has {channels}")
+    array = _rows_first(read_features(file, allow_pickle=allow_pickle), file, layout)  # (T, C) or (T, C, H, W)
+    if form is not None and array.ndim != form[0]:
+        raise Unreadable(f"has the shape {array.shape}, the stream has {'maps' if form[0] == 4 else 'no maps'}")
+    if form is None or array.shape[1] != form[1]:
+        raise Unreadable(f"has {array.shape[1]} channels, the stream has {None if form is None else form[1]}")
     axis, duration_s = grid.axis(video, len(array))
     frames = (None, None, None) if grid.rescaled else (grid.stride, grid.window, grid.fps)
     return Level(checked_array(array, where=file.label), axis, *frames), duration_s
@@ -245,12 +248,13 @@ def _warn_of_length(video: str, file: FeatureFile, rows: int, grid: _Grid, repor
 
 # ---- which axis is time --------------------------------------------------------------------------
 def _rows_first(array: np.ndarray, file: FeatureFile, layout: Layout | None) -> np.ndarray:
-    return array.T if layout == "CT" and not file.rows_first else array  # (T, C)
+    return array.swapaxes(0, 1) if layout == "CT" and not file.rows_first else array  # (T, C, ...)
 
 
-def _stored_channels(store: Store, stream: str) -> int | None:
+def _stored_form(store: Store, stream: str) -> _Form | None:
     for video in islice(store.videos(stream), 1):
-        return store[stream, video].shape[1]
+        feature = store[stream, video]
+        return feature.ndim, feature.shape[1]
     return None
 
 
@@ -267,12 +271,15 @@ def _some_shapes(files: Mapping[str, FeatureFile], *, allow_pickle: bool) -> dic
     return shapes
 
 
-def _usual_channels(
+def _usual_form(
     files: Mapping[str, FeatureFile], shapes: Mapping[str, tuple[int, ...]], layout: Layout | None
-) -> int | None:
-    """The number of channels that most files have; None where no file can be read."""
-    channels = Counter(shape[0 if layout == "CT" and not files[v].rows_first else 1] for v, shape in shapes.items())
-    return channels.most_common(1)[0][0] if channels else None
+) -> _Form | None:
+    """The number of axes and channels that most files have; None where no file can be read."""
+    forms = Counter(
+        (len(shape), shape[0 if layout == "CT" and not files[video].rows_first else 1])
+        for video, shape in shapes.items()
+    )
+    return forms.most_common(1)[0][0] if forms else None
 
 
 def _find_layout(

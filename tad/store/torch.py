@@ -26,14 +26,15 @@ class SnippetDataset(Dataset[dict[str, Any]]):
     Parameters
     ----------
     store : an open store, or where it lies.
-    streams : names of streams; the first one is cut.
+    streams : names of streams, or (stream, level) where a stream has several; the first one is cut.
     rows : length of a window in rows of the first stream; None takes whole videos.
     step : rows from one window to the next; None puts them side by side. The last window of a video may be shorter.
-    level : the level of every stream; None takes ``features``, else the finest.
+    level : the level of every stream that is given by name alone; None takes ``features``, else the finest.
     videos : ids; None takes those that every stream has.
 
-    An item is a dict: ``video``, ``features`` (stream → (T, C, ...) tensor), ``axes`` (stream → TimeAxis, row 0 being
-    the item's first row), ``row`` (where the window starts in the first stream) and ``duration_s`` (of the video).
+    An item is a dict: ``video``, ``features`` (stream, or ``"stream/level"`` where a level was given with it → (T, C,
+    ...) tensor), ``axes`` (the same → TimeAxis, row 0 being the item's first row), ``row`` (where the window starts in
+    the first stream) and ``duration_s`` (of the video).
 
     Raises
     ------
@@ -43,7 +44,7 @@ class SnippetDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         store: Store | str | Path,
-        streams: Sequence[str],
+        streams: Sequence[str | tuple[str, str]],
         *,
         rows: int | None = 256,
         step: int | None = None,
@@ -55,17 +56,21 @@ class SnippetDataset(Dataset[dict[str, Any]]):
         if (rows is not None and rows < 1) or (step is not None and step < 1):
             raise StoreError(f"rows and step must be at least 1, got {rows} and {step}")
         self.store = store if isinstance(store, Store) else open_store(store)
-        self.streams, self.rows, self.step, self.level = tuple(streams), rows, step or rows, level
+        wanted = [(stream, level) if isinstance(stream, str) else stream for stream in streams]
+        names = [stream if isinstance(stream, str) else "/".join(stream) for stream in streams]
+        self._keys = dict(zip(names, wanted, strict=True))  # name in an item -> stream, level
+        self.streams, self.rows, self.step, self.level = tuple(self._keys), rows, step or rows, level
         self.videos = tuple(self._common_videos() if videos is None else videos)
         counts = [self._windows(video) for video in self.videos]
         self._ends = list(accumulate(counts))
 
     def _common_videos(self) -> list[str]:
-        shared = set.intersection(*(set(self.store.videos(stream)) for stream in self.streams))
+        shared = set.intersection(*(set(self.store.videos(stream)) for stream, _ in self._keys.values()))
         return sorted(shared)
 
-    def _key(self, stream: str, video: str) -> tuple[str, str] | tuple[str, str, str]:
-        return (stream, video) if self.level is None else (stream, video, self.level)
+    def _key(self, name: str, video: str) -> tuple[str, str] | tuple[str, str, str]:
+        stream, level = self._keys[name]
+        return (stream, video) if level is None else (stream, video, level)
 
     def _windows(self, video: str) -> int:
         lengths = [len(self.store[self._key(stream, video)]) for stream in self.streams]  # all must be there

@@ -59,6 +59,8 @@ class ZarrRows:
             rows = np.asarray(self.array[start:stop])
         if rows.dtype.kind == "f" and np.isnan(rows.reshape(len(rows), -1)[:, 0]).any():
             raise Damaged(f"{self.files.where(self.key)} lacks a chunk of the rows {start} to {stop}")
+        if rows.dtype.kind != "f" and not rows.any():
+            self._look()  # of integers zero is the fill value, and black frames are zeros as well
         return rows
 
 

@@ -18,7 +18,11 @@ from tad.synth import make_video
 
 ROUNDS = 20
 RECIPES = [
-    ExtractRecipe(backbone=name, weights="random:1", window=8, stride=8, levels=True) for name in ("tiny", "tiny-flow")
+    *(
+        ExtractRecipe(backbone=name, weights="random:1", window=8, stride=8, levels=True, maps=("s2",))
+        for name in ("tiny", "tiny-flow")
+    ),
+    ExtractRecipe(backbone="frames"),
 ]
 
 
@@ -83,9 +87,10 @@ def test_killed_extraction_never_shows_damage(tmp_path: Path, folder: Path, form
     with open_store(store) as rerun, open_store(str(tmp_path / "warm")) as clean:
         assert rerun.verify(deep=True).ok
         assert list(rerun) == list(clean)
-        assert len(list(rerun)) == 12
+        assert len(list(rerun)) == 18
         for stream, video in rerun:
             for level in rerun.levels(stream, video):
+                coarse = {"rtol": 1e-3, "atol": 1e-4} if level.endswith("-map") else {"rtol": 1e-5, "atol": 1e-6}
                 np.testing.assert_allclose(
-                    rerun[stream, video, level].numpy(), clean[stream, video, level].numpy(), rtol=1e-5, atol=1e-6
+                    rerun[stream, video, level].numpy(), clean[stream, video, level].numpy(), **coarse
                 )

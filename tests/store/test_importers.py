@@ -238,8 +238,8 @@ def test_bad_files_are_listed_and_stop_nothing(store: Store, folder: Path) -> No
     assert why(report, "good.npz") == "is the same video as good.npy"
     assert "row 5 of 9 holds NaN or infinity" in why(report, "nan.npy")
     assert why(report, "wide.npy") == "has 5 channels, the stream has 4"
-    assert why(report, "flat.npy") == "has the shape (9,); expected rows and channels"
-    assert why(report, "maps.npy") == "has the shape (9, 4, 7, 7); expected rows and channels"
+    assert why(report, "flat.npy").startswith("has the shape (9,); expected rows and channels")
+    assert why(report, "maps.npy") == "has the shape (9, 4, 7, 7), the stream has no maps"
     assert "is empty" in why(report, "none.npy")
     assert "not numbers" in why(report, "words.npy")
     assert "allow_pickle" in why(report, "objects.npy")

@@ -26,7 +26,7 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_run() -> None:
     text = DOCS.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
-    assert len(blocks) == text.count("```python") == 7
+    assert len(blocks) == text.count("```python") == 8
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
