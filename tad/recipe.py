@@ -63,6 +63,7 @@ class DataRecipe(Model):
     # a truth belongs to a window, or a random cut of a long video, that holds this part of it
     min_inside: float = Field(default=0.5, gt=0, le=1)
     empty_windows: bool = False  # train on windows without truth as well
+    longer_than_s: float = Field(default=0.0, ge=0)  # shorter actions of training videos are no truth, as HACS' <= 1 s
     # for detectors that see videos rescaled: read at the new rows' centres, or averaged over them
     rescale: Literal["linear", "average"] = "linear"
     workers: int = Field(default=0, ge=0)

@@ -142,11 +142,16 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
     trained = set(subset.segments.loc[subset.segments["video"].isin(train), "label"].astype(str))
     if set(classes) - trained:
         messages.append(f"classes that only held-out videos have: {shown(sorted(set(classes) - trained))}")
+    learnt = subset.segments[subset.segments["video"].isin(train)]
+    long_enough = learnt["end_s"] - learnt["start_s"] > recipe.data.longer_than_s
+    if not long_enough.all() and recipe.data.longer_than_s:
+        messages.append(f"{int((~long_enough).sum())} training segments do not last data.longer_than_s and are left out")
+        learnt = learnt[long_enough]
     return Plan(
         classes=classes,
         train=train,
         holdout=holdout,
-        segments=_by_video(subset.segments, train, classes),
+        segments=_by_video(learnt, train, classes),
         holdout_truth=holdout_truth,
         durations_s=dict(zip(truth.videos["video"].astype(str), truth.videos["duration_s"].astype(float), strict=True)),
         channels=_channels(store, recipe.streams, present),

@@ -289,3 +289,17 @@ def test_a_store_without_a_stream_of_the_inner_run(world: tuple[Path, Path, Path
         part.write("rgb", "video_000", {"features": Level(feature.numpy(), feature.axis)}, duration_s=1.0, source={})
     with pytest.raises(Exception, match="stream 'flow'"):
         detect(run=out, store=tmp_path / "part.zarr")
+
+
+def test_short_actions_can_be_left_out_of_the_training(world: tuple[Path, Path, Path]) -> None:
+    from tad.detect.preflight import plan_training
+
+    store, annotations, _ = world
+    with open_store(store) as opened:
+        truth = read_truth(annotations)
+        plans = [plan_training(recipe(data={"longer_than_s": value}), opened, truth) for value in (0.0, 2.0)]
+    lengths = [np.concatenate([np.diff(s, axis=1)[:, 0] for s, _ in plan.segments.values()]) for plan in plans]
+    assert lengths[0].min() <= 2.0 < lengths[1].min()
+    assert len(lengths[1]) == (lengths[0] > 2.0).sum()
+    assert f"{(lengths[0] <= 2.0).sum()} training segments do not last" in " ".join(plans[1].messages)
+    assert len(plans[0].holdout_truth) == len(plans[1].holdout_truth)
