@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 
@@ -23,7 +24,9 @@ class Sample:
     ``features``: ``LevelSpec.key`` -> (T, C) float; ``segments`` (N, 2) float32 in row edges and ``labels`` (N,) int64
     are its truth, empty where there is none or none was asked for. ``proposals`` (P, 2) float32 in row edges and
     ``proposal_scores`` (P,) float32, best first, are what another detector found, for one that refines them.
-    ``interpolated`` names the streams that did not lie on the first one's axis.
+    ``interpolated`` names the streams that did not lie on the first one's axis. Where levels differ in resolution,
+    ``factors`` has for every key how many rows of the first need, in which ``axis`` and truth are, one of its rows is:
+    its row j is rows ``[j, j + 1) * factor``.
     """
 
     video: str
@@ -35,10 +38,47 @@ class Sample:
     interpolated: tuple[str, ...] = ()
     proposals: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     proposal_scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    factors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return next(iter(self.features.values())).shape[0]
+
+    def factor(self, key: str) -> int:
+        return self.factors.get(key, 1)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of one need as a sample has them, read from the store where they are sliced: ``rows[a:b]``, (b - a, C).
+
+    ``count`` rows lie on the sample's axis before every ``spacing`` of them are averaged. ``axis`` says where they lie
+    when the stored ones are elsewhere and have to be interpolated; None takes them as they are.
+    """
+
+    feature: Feature
+    count: int
+    spacing: int = 1
+    axis: TimeAxis | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return -(-self.count // self.spacing), int(self.feature.shape[1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(self.shape[0])
+        first, stop = begin * self.spacing, min(end * self.spacing, self.count)
+        if first >= stop:
+            return np.empty((0, self.shape[1]), np.float32)
+        return pool_rows(self._between(first, stop), self.spacing)
+
+    def _between(self, first: int, stop: int) -> np.ndarray:
+        if self.axis is None:
+            return _checked(self.feature, first, stop)
+        at_s = self.axis.center_s(np.arange(first, stop))  # (T,)
+        low, high = np.clip(np.floor(self.feature.axis.row_at(at_s[[0, -1]])), 0, len(self.feature) - 1).astype(int)
+        low, high = max(int(low) - 1, 0), min(int(high) + 3, len(self.feature))  # a neighbour more, against rounding
+        return interpolate_rows(_checked(self.feature, low, high), self.feature.axis.shifted(low), at_s)
 
 
 def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
@@ -56,11 +96,18 @@ def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
                 f"detector '{detector}' reads stream '{need.stream}' in layout '{need.layout}' with rows={need.rows}: "
                 "windowed and rescaled need a number of rows, full has none"
             )
-        if (need.layout, need.rows) != (needs[0].layout, needs[0].rows):
+        finest, rows = needs[0].rows, need.rows
+        if need.layout != needs[0].layout or (finest is not None and rows is not None and finest % rows):
             raise RecipeError(
-                f"detector '{detector}' reads stream '{need.stream}' in layout '{need.layout}' with rows={need.rows} "
-                f"and '{needs[0].stream}' in '{needs[0].layout}' with rows={needs[0].rows}; they must agree"
+                f"detector '{detector}' reads '{need.key}' in layout '{need.layout}' with rows={rows} and "
+                f"'{needs[0].key}' in '{needs[0].layout}' with rows={finest}; they must agree, or the first have "
+                "a whole multiple of the other's rows"
             )
+
+
+def level_factors(needs: Sequence[LevelSpec]) -> list[int]:
+    """How many rows of the first need one row of each need is."""
+    return [1 if needs[0].rows is None or need.rows is None else needs[0].rows // need.rows for need in needs]
 
 
 def feature_of(store: Store, need: LevelSpec, video: str) -> Feature:
@@ -73,37 +120,56 @@ def read_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
 
     The rows of the first need decide. A stream on the same axis is taken as it is, and where the counts differ by one
     row the longer is cut; a stream on another axis is interpolated linearly onto the first one's row centres. Then
-    every ``row_spacing`` neighbouring rows are averaged into one, the last group over what is there.
+    every ``row_spacing`` neighbouring rows are averaged into one, the last group over what is there. A need with fewer
+    rows than the first one (see :func:`level_factors`) is laid on the axis of groups of the first one's rows instead.
 
     Raises
     ------
     StoreError : an entry is missing, unreadable, empty, not (rows, channels), holds NaN or infinity, or the streams do
-        not cover the same time.
+        not cover the same time, or a level has not the resolution that the needs say.
     """
-    features: dict[str, np.ndarray] = {}
-    interpolated: list[str] = []
-    first: Feature | None = None
-    for need in needs:
-        feature = feature_of(store, need, video)
-        rows = _checked(feature)  # (T, C)
-        if first is None:
-            first, axis, count = feature, feature.axis, rows.shape[0]
-        elif same_axis(axis, feature.axis, rows=count):
-            if abs(rows.shape[0] - count) > 1:
-                raise StoreError(
-                    f"video '{video}': stream '{first.stream}' has {count} rows and '{feature.stream}' {rows.shape[0]} "
-                    "on the same time axis; one of them was cut short: extract it again"
-                )
-            count = min(count, rows.shape[0])
-        else:
-            rows = _interpolated(rows, feature, first, count)
-            interpolated.append(need.key)
-        features[need.key] = rows
-    if first is None:
+    sample = open_sample(store, needs, video, row_spacing=row_spacing)
+    return replace(sample, features={key: rows[:] for key, rows in sample.features.items()})
+
+
+def open_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spacing: int = 1) -> Sample:
+    """:func:`read_sample` without reading: its ``features`` are :class:`StoredRows`, of which slices are read."""
+    features, factors = [feature_of(store, need, video) for need in needs], level_factors(needs)
+    if not features:
         raise RecipeError("a detector must read at least one stream")
-    features = {key: pool_rows(rows[:count], row_spacing) for key, rows in features.items()}
-    duration_s = float(feature_duration(first, count))
-    return Sample(video, features, axis.pooled(row_spacing), duration_s, interpolated=tuple(interpolated))
+    for feature in features:
+        _check_shape(feature)
+    first, axes = features[0], list[TimeAxis | None]()
+    counts = {1: len(first)}  # factor -> rows of such levels
+    for feature, factor in zip(features, factors, strict=True):
+        axis, expected = first.axis.pooled(factor), counts.get(factor, -(-counts[1] // factor))
+        if factor > 1:
+            _check_resolution(feature, first, factor)
+        if same_axis(axis, feature.axis, rows=expected):
+            if abs(len(feature) - expected) > 1:
+                raise StoreError(
+                    f"video '{feature.video}': stream '{first.stream}' has {len(first)} rows and '{feature.stream}' "
+                    f"{len(feature)} on the same time axis; one of them was cut short: extract it again"
+                )
+            counts[factor] = min(len(feature), expected)
+            axes.append(None)
+        else:
+            _check_covers(feature, first, axis, expected)
+            counts[factor] = expected
+            axes.append(axis)
+    counts = {factor: min(count, -(-counts[1] // factor)) for factor, count in counts.items()}
+    rows = {
+        need.key: StoredRows(feature, counts[factor], row_spacing, axis)
+        for need, feature, factor, axis in zip(needs, features, factors, axes, strict=True)
+    }
+    return Sample(
+        video,
+        cast(dict[str, np.ndarray], rows),  # what a crop needs of an array: shape and slices
+        first.axis.pooled(row_spacing),
+        float(feature_duration(first, counts[1])),
+        interpolated=tuple(need.key for need, axis in zip(needs, axes, strict=True) if axis is not None),
+        factors=dict(zip(rows, factors, strict=True)) if max(factors) > 1 else {},
+    )
 
 
 def feature_duration(feature: Feature, rows: int) -> float:
@@ -140,30 +206,45 @@ def pool_rows(rows: np.ndarray, spacing: int) -> np.ndarray:
     return sums / counts[:, None].astype(np.float32)
 
 
-def _checked(feature: Feature) -> np.ndarray:
+def _check_shape(feature: Feature) -> None:
     where = f"video '{feature.video}', stream '{feature.stream}', level '{feature.level}'"
-    rows = feature.numpy()
-    if rows.ndim != 2:
-        raise StoreError(f"{where}: a detector reads (rows, channels), this has shape {tuple(rows.shape)}")
-    if rows.shape[0] == 0:
+    if len(feature.shape) != 2:
+        raise StoreError(f"{where}: a detector reads (rows, channels), this has shape {tuple(feature.shape)}")
+    if feature.shape[0] == 0:
         raise StoreError(f"{where}: has no rows; extract it again")
+
+
+def _checked(feature: Feature, start: int, stop: int) -> np.ndarray:
+    rows = feature[start:stop]
     if not np.issubdtype(rows.dtype, np.floating):
         rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=1)).sum())
-        raise StoreError(f"{where}: {bad} of {rows.shape[0]} rows hold NaN or infinity; extract it again")
+        raise StoreError(
+            f"video '{feature.video}', stream '{feature.stream}', level '{feature.level}': {bad} of {rows.shape[0]} "
+            "rows hold NaN or infinity; extract it again"
+        )
     return rows
 
 
-def _interpolated(rows: np.ndarray, feature: Feature, first: Feature, count: int) -> np.ndarray:
-    at_s = first.axis.center_s(np.arange(count))  # (T,)
+def _check_resolution(feature: Feature, first: Feature, factor: int) -> None:
+    found = feature.axis.scale_s / first.axis.scale_s
+    if abs(found / factor - 1) > 0.1:
+        raise StoreError(
+            f"video '{feature.video}': stream '{feature.stream}', level '{feature.level}' has a row every {found:.3g} "
+            f"rows of '{first.stream}', level '{first.level}', but the detector reads it as every {factor}: name the "
+            "levels from fine to coarse, or extract them again"
+        )
+
+
+def _check_covers(feature: Feature, first: Feature, axis: TimeAxis, count: int) -> None:
+    at_s = axis.center_s(0), axis.center_s(count - 1)
     # The ends of two extractions differ by their windows and strides; more than that means different videos or a cut
     # one.
     allowed_s = 0.5 * feature.axis.window_s + feature.axis.scale_s
-    begin_s, end_s = feature.axis.center_s(0), feature.axis.center_s(rows.shape[0] - 1)
+    begin_s, end_s = feature.axis.center_s(0), feature.axis.center_s(len(feature) - 1)
     if begin_s - at_s[0] > allowed_s or at_s[-1] - end_s > allowed_s:
         raise StoreError(
             f"video '{feature.video}': stream '{feature.stream}' covers {begin_s:.2f}-{end_s:.2f} s, but "
             f"'{first.stream}' {at_s[0]:.2f}-{at_s[-1]:.2f} s; were both made from the same video?"
         )
-    return interpolate_rows(rows, feature.axis, at_s)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tad.detect.align import Sample
 from tad.detect.interface import Batch, LevelSpec, Proposals, Targets
-from tad.detect.windows import crop, read_whole
+from tad.detect.windows import crop, open_whole, read_whole
 from tad.recipe import DataRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
@@ -52,24 +52,33 @@ def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: 
 
 
 def collate(samples: Sequence[Sample]) -> Batch | None:
-    """Samples side by side, padded with zeros to the longest; nothing for an empty share of a batch."""
+    """Samples side by side, padded with zeros to the longest; nothing for an empty share of a batch.
+
+    Levels of coarser resolution are padded to what the longest sample has of them, and have masks of their own.
+    """
     if not samples:
         return None
     longest = max(sample.rows for sample in samples)
     mask = torch.zeros(len(samples), longest, dtype=torch.bool)  # (B, T)
-    features: dict[str, Tensor] = {}
+    features, masks = dict[str, Tensor](), dict[str, Tensor]()
     for key, array in samples[0].features.items():
-        features[key] = torch.zeros(len(samples), array.shape[1], longest)  # (B, C, T)
+        length = -(-longest // samples[0].factor(key))
+        features[key] = torch.zeros(len(samples), array.shape[1], length)  # (B, C, T)
+        if samples[0].factors:
+            masks[key] = torch.zeros(len(samples), length, dtype=torch.bool)
     for index, sample in enumerate(samples):
         mask[index, : sample.rows] = True
         for key, array in sample.features.items():
-            features[key][index, :, : sample.rows] = torch.from_numpy(array.astype(np.float32, copy=False)).T
+            features[key][index, :, : len(array)] = torch.from_numpy(array.astype(np.float32, copy=False)).T
+            if masks:
+                masks[key][index, : len(array)] = True
     targets = [Targets(torch.from_numpy(s.segments.copy()), torch.from_numpy(s.labels.copy())) for s in samples]
     proposals = [
         Proposals(torch.from_numpy(s.proposals.copy()), torch.from_numpy(s.proposal_scores.copy())) for s in samples
     ]
     videos, axes = [sample.video for sample in samples], [sample.axis for sample in samples]
-    return Batch(videos, features, mask, axes, [sample.duration_s for sample in samples], targets, proposals)
+    durations_s = [sample.duration_s for sample in samples]
+    return Batch(videos, features, mask, axes, durations_s, targets, proposals, masks)
 
 
 def with_proposals(sample: Sample, found: tuple[np.ndarray, np.ndarray]) -> Sample:
@@ -121,7 +130,9 @@ class VideoDataset(Dataset[Sample]):
         video, start = self.items[index]
         sample = self.cache.get(video)
         if sample is None:
-            sample = read_whole(self.store, self.needs, video, self.data)
+            # Of a video that is seen in windows, only the window is read.
+            read = read_whole if start is None else open_whole
+            sample = read(self.store, self.needs, video, self.data)
         truth = self.truth[video]
         sample = replace(sample, segments=truth.segments, labels=truth.labels)
         if video in self.proposals:

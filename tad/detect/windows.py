@@ -6,13 +6,14 @@ of a video at a time: the whole video, or one window of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from tad.detect.align import Sample, interpolate_rows, read_sample
+from tad.detect.align import Sample, interpolate_rows, level_factors, open_sample, read_sample
 from tad.detect.interface import LevelSpec, Segments
 from tad.errors import RecipeError
 from tad.recipe import DataRecipe
@@ -32,29 +33,42 @@ def read_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataR
     return rescaled(sample, needs[0].rows, average=data.rescale == "average")
 
 
+def open_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataRecipe) -> Sample:
+    """As :func:`read_whole`, but what is cut from it is read when it is cut; not for rescaled videos."""
+    return open_sample(store, needs, video, row_spacing=data.row_spacing)
+
+
 def rescaled(sample: Sample, rows: int, *, average: bool = False) -> Sample:
     """The whole video in ``rows`` rows of equal length, without truth: row i covers ``[i, i + 1) * duration / rows``.
 
     A new row is the linear interpolation of the old ones at its centre (as ``F.interpolate(mode="linear")``), or, with
     ``average``, the mean of that at ``ceil(old / new rows)`` evenly spaced places (as an aligned RoI pooling, ETAD).
+    A level of which one row is ``factor`` of the first need's gets ``rows / factor``.
     """
+
+    def level(array: np.ndarray, factor: int) -> np.ndarray:
+        count = rows // factor
+        axis = TimeAxis.rescaled(rows=count, duration_s=sample.duration_s)
+        places = max(1, -(-array.shape[0] // count)) if average else 1
+        offsets = (np.arange(places) + 0.5) / places - 0.5  # (p,) in new rows, round the centre
+        at_s = axis.center_s(np.arange(count)[:, None] + offsets)  # (rows, p)
+        found = interpolate_rows(array, sample.axis.pooled(factor), at_s.reshape(-1))
+        return found.reshape(count, places, -1).mean(axis=1)
+
+    features = {key: level(array, sample.factor(key)) for key, array in sample.features.items()}
     axis = TimeAxis.rescaled(rows=rows, duration_s=sample.duration_s)
-    places = max(1, -(-sample.rows // rows)) if average else 1
-    offsets = (np.arange(places) + 0.5) / places - 0.5  # (p,) in new rows, round the centre
-    at_s = axis.center_s(np.arange(rows)[:, None] + offsets)  # (rows, p)
-    features = {
-        key: interpolate_rows(array, sample.axis, at_s.reshape(-1)).reshape(rows, places, -1).mean(axis=1)
-        for key, array in sample.features.items()
-    }
     nothing = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
     return replace(sample, features=features, axis=axis, segments=nothing[0], labels=nothing[1])
 
 
-def window_starts(rows: int, *, window: int, stride: int) -> list[int]:
+def window_starts(rows: int, *, window: int, stride: int, step: int = 1) -> list[int]:
     """First rows of windows that cover every row: one every ``stride``, the last one ending where the video ends.
 
-    A video that is not longer than a window has one, from its first row. Raises :class:`RecipeError` for windows
-    farther apart than they are long, between which rows would never be seen.
+    A video that is not longer than a window has one, from its first row. Windows of several levels begin at whole rows
+    of each of them: at multiples of ``step``, which divides ``window``; others are moved to the one before, and the
+    last window to the one after, so that it may end with up to ``step - 1`` rows that are not there.
+
+    Raises :class:`RecipeError` for windows farther apart than they are long, between which rows would never be seen.
     """
     if stride > window:
         raise RecipeError(
@@ -63,8 +77,8 @@ def window_starts(rows: int, *, window: int, stride: int) -> list[int]:
         )
     if rows <= window:
         return [0]
-    starts = list(range(0, rows - window + 1, stride))
-    return starts if starts[-1] + window >= rows else [*starts, rows - window]
+    last = -(-(rows - window) // step) * step
+    return sorted({min(start - start % step, last) for start in range(0, rows - window + stride, stride)} | {last})
 
 
 def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> Sample:
@@ -76,13 +90,21 @@ def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> S
     proposals, left = _inside(sample.proposals - np.float32(start), end, min_inside)
     return replace(
         sample,
-        features={key: array[start : start + rows] for key, array in sample.features.items()},
+        features={key: _level_rows(sample, key, start, start + rows) for key in sample.features},
         axis=sample.axis.shifted(start),
         segments=segments,
         labels=sample.labels[kept],
         proposals=proposals,
         proposal_scores=sample.proposal_scores[left],
     )
+
+
+def _level_rows(sample: Sample, key: str, start: int, stop: int) -> np.ndarray:
+    """The rows of one need that are rows ``[start, stop)`` of the first one."""
+    factor = sample.factor(key)
+    if start % factor:
+        raise ValueError(f"a crop from row {start} does not begin at a row of '{key}', which is {factor} of them")
+    return sample.features[key][start // factor : -(-stop // factor)]
 
 
 def _inside(moved: np.ndarray, end: int, min_inside: float) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +128,8 @@ def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe
         return [sample]
     window = needs[0].rows
     assert window is not None
-    starts = window_starts(sample.rows, window=window, stride=data.detect_stride or max(1, window // 2))
+    stride, step = data.detect_stride or max(1, window // 2), math.lcm(*level_factors(needs))
+    starts = window_starts(sample.rows, window=window, stride=stride, step=step)
     return [crop(sample, start, window, min_inside=data.min_inside) for start in starts]
 
 
@@ -132,7 +155,8 @@ def training_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe
         return [None]
     window = needs[0].rows
     assert window is not None
-    starts = window_starts(sample.rows, window=window, stride=data.train_stride or max(1, window // 2))
+    stride, step = data.train_stride or max(1, window // 2), math.lcm(*level_factors(needs))
+    starts = window_starts(sample.rows, window=window, stride=stride, step=step)
     if data.empty_windows:
         return list(starts)
     return [start for start in starts if len(crop(sample, start, window, min_inside=data.min_inside).labels)]
