@@ -5,12 +5,23 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from tad.detect.detectors.bmn import BMN
+from tad.detect.detectors.etad import ETAD
+from tad.detect.detectors.sptad import SPTAD
+from tad.detect.detectors.talmts import AFSD, TALMTS
 from tad.detect.detectors.talnet import TALNet
+from tad.detect.detectors.tcanet import TCANet
 from tad.detect.interface import Detector
 from tad.errors import RecipeError, did_you_mean
 
 DETECTORS: dict[str, type[Detector]] = {
     "talnet": TALNet,
+    "tcanet": TCANet,
+    "sptad": SPTAD,
+    "bmn": BMN,
+    "afsd": AFSD,
+    "talmts": TALMTS,
+    "etad": ETAD,
 }
 
 

@@ -1,0 +1,100 @@
+"""What a TAL-MTS recipe says about its inputs, checked: streams, frames, stored levels, bounds of the levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tad.detect.interface import Batch
+from tad.errors import RecipeError, did_you_mean
+
+Bounds = Sequence[Sequence[float]]
+# AFSD's on ActivityNet-1.3: frames to the farther end of an action, of a clip of 768 frames, for each of six levels
+ACTIVITYNET_BOUNDS = ((0, 30), (15, 60), (30, 120), (60, 240), (96, 768), (256, 768))
+ACTIVITYNET_FRAMES = 768
+
+
+def streams_read(
+    channels: Mapping[str, int], fusion: str, frames: str | Mapping[str, str] | None
+) -> tuple[list[str], list[str | None]]:
+    """The streams of features that ``fusion`` reads, in order, and of each the stream of frames that goes with it.
+
+    Raises :class:`RecipeError` for names that are not in ``channels``, or no stream of features to read.
+    """
+    named = {} if frames is None or isinstance(frames, str) else dict(frames)
+    pictures = [frames] if isinstance(frames, str) else list(named.values())
+    for name in [*named, *pictures]:
+        if name not in channels:
+            raise RecipeError(f"frames: '{name}' is not among the recipe's streams.{did_you_mean(name, channels)}")
+    streams = [stream for stream in channels if stream not in pictures]
+    if not streams:
+        raise RecipeError("at least one stream of features is needed, beside frames")
+    if fusion != "late" and len(streams) > 1:
+        if len(streams) != 2:
+            raise RecipeError(f"fusion '{fusion}' picks one of two streams (rgb first), got {', '.join(streams)}")
+        streams = streams[:1] if fusion == "rgb" else streams[1:]
+    return streams, [frames if isinstance(frames, str) else named.get(stream) for stream in streams]
+
+
+def level_shapes(
+    levels: Sequence[str], level_channels: Mapping[str, int | Sequence[int]] | None, channels: int
+) -> dict[str, tuple[int, ...]]:
+    """Level → shape of its stored rows, (C,) or (C, H, W); ``channels`` where it is not given.
+
+    Raises :class:`RecipeError` for levels that are no names or repeat, and shapes that are none, or of other levels.
+    """
+    if isinstance(levels, str) or not levels or not all(isinstance(level, str) for level in levels):
+        raise RecipeError(f"levels must be a list of names, such as [s4-map, s8-map], got {levels!r}")
+    if len(set(levels)) != len(levels):
+        raise RecipeError(f"levels repeat: {', '.join(levels)}")
+    if level_channels is None:
+        return dict.fromkeys(levels, (channels,))
+    if set(level_channels) != set(levels):
+        raise RecipeError(f"level_channels must name the levels {', '.join(levels)}, got {', '.join(level_channels)}")
+    shapes = {}
+    for level in levels:
+        given = level_channels[level]
+        shape = (given,) if isinstance(given, int) else given
+        numbers = isinstance(shape, Sequence) and not isinstance(shape, str)
+        if not numbers or len(shape) not in (1, 3) or not all(type(n) is int and n >= 1 for n in shape):
+            raise RecipeError(
+                f"level_channels: level '{level}' has channels, or [channels, height, width] of maps, got {given!r}"
+            )
+        shapes[level] = tuple(shape)
+    return shapes
+
+
+def frame_shape(size: Sequence[int]) -> tuple[int, int]:
+    """Height and width of frames. Raises :class:`RecipeError`."""
+    if isinstance(size, str) or len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
+        raise RecipeError(f"frame_size must be [height, width] in pixels, got {size!r}")
+    return size[0], size[1]
+
+
+def level_bounds(bounds: Bounds | Literal["activitynet"] | None, levels: int, rows: int) -> Tensor | None:
+    """(levels, 2) in rows of the finest level, of which a clip has ``rows``; None: no bounds. Raises RecipeError."""
+    if bounds is None:
+        return None
+    if isinstance(bounds, str):
+        if bounds != "activitynet" or levels != len(ACTIVITYNET_BOUNDS):
+            raise RecipeError(
+                f"bounds '{bounds}' with {levels} levels: there are those of 'activitynet', for "
+                f"{len(ACTIVITYNET_BOUNDS)}; or give [low, high] for every level, in rows"
+            )
+        return torch.tensor(ACTIVITYNET_BOUNDS, dtype=torch.float32) * rows / ACTIVITYNET_FRAMES
+    pairs = [tuple(map(float, pair)) for pair in bounds]
+    if len(pairs) != levels or not all(len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+        raise RecipeError(f"bounds must be [low, high] in rows for each of {levels} levels, got {bounds!r}")
+    return torch.tensor(pairs, dtype=torch.float32)
+
+
+def mask_of(batch: Batch, key: str, rows: int) -> Tensor:
+    """(B, ``rows``) bool of the rows behind ``key``: the batch's own, or those that cover the real rows of its mask."""
+    mask = batch.mask_of(key)
+    if mask.shape[1] == rows:
+        return mask
+    count = (mask.sum(1, keepdim=True) * rows + mask.shape[1] - 1) // mask.shape[1]
+    return torch.arange(rows, device=mask.device) < count
