@@ -83,6 +83,7 @@ class TrainRecipe(Model):
     step_gamma: float = Field(default=0.1, gt=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1)  # this part of the features' values is zero in each step
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     select: Literal["map", "last"] = "map"

@@ -47,6 +47,12 @@ def print_table(table: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def check_predictions_file(out: str | None) -> None:
+    """Say before hours of work that they could not be written."""
+    if out is not None and not out.lower().endswith((".json", ".csv")):
+        raise click.UsageError(f"-o {out}: predictions are written as .json or .csv")
+
+
 def size_option(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | str | None:
     """``224x224`` (height x width), ``224`` or ``full``."""
     if value is None or value == "full":

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, show
+from tad.cli.common import PARTLY, as_json, check_predictions_file, device_option, say, sets_option, show
 
 
 @click.command("train-detector")
@@ -118,6 +118,13 @@ def detect(
         raise click.UsageError(f"--weights {wrong[0]}: say which stream it is of, as STREAM=FILE")
     if videos and (o["raw_out"] or o["maps_out"]):
         raise click.UsageError("--raw and --maps need features in a --store, without VIDEOS")
+    if o["proposals"] and any(item.startswith("classes.") for item in sets):
+        raise click.UsageError("--proposals gives no classes: leave --set classes.... out")
+    if not videos and weights:
+        raise click.UsageError("--weights is for extraction from VIDEOS; the features of a --store are there already")
+    if not videos and o["annotations"] and not o["subset"]:
+        raise click.UsageError("--annotations says which videos a --subset holds: name the subset too")
+    check_predictions_file(o["out"])
     suppression, classes = result_recipes(run, sets)
     failures: list[Any] = []
     searched: list[str] = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tad.cli.common import as_json, say, show
+from tad.cli.common import as_json, check_predictions_file, say, show
 
 
 @click.command()
@@ -45,18 +45,27 @@ def fuse(
     tad fuse a-maps.npz b-maps.npz --search --annotations A.json --subset validation -o found.json
     tad fuse a-raw.npz b-raw.npz --weights 1,0.5 -o found.json
     """
-    from tad.annotations import read_truth, read_video_scores, write_predictions
+    from tad.annotations import read_truth, write_predictions
     from tad.detect.fuse import Ensemble, fuse, search_weights
+    from tad.detect.raw import npz_path
     from tad.detect.recipes import changed_results
+    from tad.detect.video_scores import read_scores
 
     if search != (annotations is not None) or (search and weights):
         raise click.UsageError("--search and --annotations belong together, and exclude --weights")
+    if subset and not search:
+        raise click.UsageError("--subset says what is scored in a --search; all videos of the files are fused")
+    if not scores and any(item.startswith("classes.softmax") for item in sets):
+        raise click.UsageError("classes.softmax makes probabilities of a file of logits: give it with --scores")
+    check_predictions_file(out)
+    if raw_out:
+        npz_path(raw_out, name="--raw")
     given = numbers(weights) if weights else None
     ensemble = Ensemble.load(files)
     postprocess, classes = changed_results(ensemble.recipe, sets)
     how: dict[str, Any] = {"postprocess": postprocess, "classes": classes}
     if scores:
-        how["scores"] = read_video_scores(scores)
+        how["scores"] = read_scores(scores, classes)
     trials = []
     if search and annotations is not None:
         truth = read_truth(annotations)

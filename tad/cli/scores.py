@@ -91,7 +91,7 @@ def evaluate(
             predictions = read_predictions(o["predictions"])
         else:
             predictions, unlabelled = detected(o, subset or score_subset(protocol), truth)
-        if o["proposals"] or ("label" not in predictions.columns and len(predictions)):
+        if o["proposals"] or "label" not in predictions.columns:
             if o["bootstrap"] is not None:
                 raise click.UsageError("--bootstrap gives intervals of mAP; these are proposals, without labels")
             found = evaluate_recall(truth, predictions, protocol, subset, levels, max_avg=o["max_avg"])
@@ -147,7 +147,9 @@ def one_class(truth: Any) -> Any:
     """The truth with all actions of one class."""
     from dataclasses import replace
 
-    return replace(truth, segments=truth.segments.assign(label="action"))
+    from tad.detect.train import one_class
+
+    return replace(truth, segments=one_class(truth.segments))
 
 
 def thresholds_of(tiou: str | None) -> tuple[float, ...] | None:

@@ -108,6 +108,11 @@ def softmax_scores(logits: pd.DataFrame, factor: float = 1.0) -> pd.DataFrame:
     return pd.DataFrame(exp / exp.sum(axis=1, keepdims=True), index=logits.index, columns=logits.columns)
 
 
+def check_scores(scores: pd.DataFrame, classes: Sequence[str]) -> None:
+    """Raise what :func:`fused` would raise for these scores and classes, whatever the proposals."""
+    _usable(scores, classes)
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 def _check_proposals(found: Sequence[Segments]) -> None:
     for segments in found:
@@ -143,7 +148,7 @@ def _usable(scores: pd.DataFrame, classes: Sequence[str]) -> tuple[list[str], Ar
     if (values < 0).any():
         raise AnnotationError(
             f"scores are below 0, such as those of {_some(_rows(scores, values < 0))}: "
-            "if they are logits, turn them into probabilities with a softmax first"
+            "if they are logits, turn them into probabilities with a softmax first (classes.softmax=1)"
         )
     return names, values
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tad.annotations import Truth
 from tad.detect.align import SAME_AXIS
 from tad.detect.detectors import build_detector
-from tad.detect.infer import detections
+from tad.detect.infer import detections, with_scores
 from tad.detect.interface import DenseDetector, Segments
 from tad.detect.raw import MapView, Raw, RawMaps, holds_maps, load_maps, load_raw, npz_path, save_raw
 from tad.detect.windows import of_whole_videos
@@ -57,8 +57,7 @@ class Ensemble:
             told = ", ".join(f"{n}: {'no' if _agnostic(m) else 'yes'}" for n, m in zip(names, members, strict=True))
             raise RecipeError(f"members that find classes cannot be fused with such that do not ({told})")
         maps = [(n, m) for n, m in zip(names, members, strict=True) if isinstance(m, RawMaps)]
-        for name, other in maps[1:]:
-            _check_same_grid(*maps[0], name, other)
+        _check_same_grids(maps)
         return cls(members, names)
 
     def raw(self, weights: Sequence[float] | None = None) -> Raw:
@@ -100,13 +99,7 @@ class Ensemble:
         scores: pd.DataFrame | None = None,
     ) -> pd.DataFrame:
         """What the members find together: a table video, start_s, end_s, label, score."""
-        raw = self.raw(weights)
-        if scores is not None:
-            raw.class_scores = scores
-        table, unscored = detections(raw, postprocess, classes)
-        if unscored:
-            logger.warning("%d videos have no class scores and no detections, such as %s", len(unscored), unscored[0])
-        return table
+        return _table(with_scores(self.raw(weights), scores), postprocess, classes)
 
 
 def fuse(
@@ -132,10 +125,19 @@ def fuse(
     ------
     RecipeError : files or weights that do not fit together.
     """
+    path = None if raw_out is None else npz_path(raw_out, name="raw_out")
     ensemble = Ensemble.load(files)
-    if raw_out is not None:
-        save_raw(npz_path(raw_out, name="raw_out"), ensemble.raw(weights))
-    return ensemble.predict(weights, postprocess=postprocess, classes=classes, scores=scores)
+    raw = with_scores(ensemble.raw(weights), scores)
+    if path is not None:
+        save_raw(path, raw)
+    return _table(raw, postprocess, classes)
+
+
+def _table(raw: Raw, postprocess: PostprocessRecipe | None, classes: ClassesRecipe | None) -> pd.DataFrame:
+    table, unscored = detections(raw, postprocess, classes)
+    if unscored:
+        logger.warning("%d videos have no class scores and no detections, such as %s", len(unscored), unscored[0])
+    return table
 
 
 @dataclass(frozen=True)
@@ -246,23 +248,30 @@ def _numbered(views: Sequence[MapView]) -> Iterator[tuple[tuple[str, int], MapVi
         yield (view.video, number), view
 
 
-def _check_same_grid(name: str, first: RawMaps, other_name: str, other: RawMaps) -> None:
-    """Raise :class:`RecipeError` unless the maps of every video in both lie over the same proposals."""
-    known = dict(_numbered(first.views))
-    videos = {video for video, _ in known}
-    for (video, number), view in _numbered(other.views):
-        if video not in videos:
-            continue
-        same = known.get((video, number))
-        if same is None or {k: v.shape for k, v in same.maps.items()} != {k: v.shape for k, v in view.maps.items()}:
-            raise RecipeError(f"video {video}: the maps of {name} and {other_name} are not over the same proposals")
-        last = max(map(max, (value.shape for value in view.maps.values())))
-        drift_s = max(abs(same.axis.center_s(row) - view.axis.center_s(row)) for row in (0, last))
-        if drift_s > SAME_AXIS * same.axis.scale_s:
-            raise RecipeError(
-                f"video {video}: the maps of {name} and {other_name} lie {drift_s:.3g} s apart; "
-                "members must be rescaled, or windowed, in the same way"
-            )
+def _check_same_grids(members: Sequence[tuple[str, RawMaps]]) -> None:
+    """Raise :class:`RecipeError` unless the maps of every video, in all members that have it, lie over the same
+    proposals."""
+    known: dict[str, tuple[str, list[MapView]]] = {}  # of the first member that has a video
+    for name, member in members:
+        by_video: dict[str, list[MapView]] = {}
+        for view in member.views:
+            by_video.setdefault(view.video, []).append(view)
+        for video, views in by_video.items():
+            first_name, first = known.setdefault(video, (name, views))
+            if [_shapes(view) for view in views] != [_shapes(view) for view in first]:
+                raise RecipeError(f"video {video}: the maps of {first_name} and {name} are not over the same proposals")
+            for same, view in zip(first, views, strict=True):
+                last = max(map(max, _shapes(view).values()))
+                drift_s = max(abs(same.axis.center_s(row) - view.axis.center_s(row)) for row in (0, last))
+                if drift_s > SAME_AXIS * same.axis.scale_s:
+                    raise RecipeError(
+                        f"video {video}: the maps of {first_name} and {name} lie {drift_s:.3g} s apart; "
+                        "members must be rescaled, or windowed, in the same way"
+                    )
+
+
+def _shapes(view: MapView) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in view.maps.items()}
 
 
 def _mean_scores(tables: Sequence[pd.DataFrame | None], weights: Sequence[float]) -> pd.DataFrame | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from tad.annotations import Truth, read_truth
 from tad.detect.align import Sample, check_needs
-from tad.detect.classes import fused
+from tad.detect.classes import check_scores, fused
 from tad.detect.data import collate, with_proposals
 from tad.detect.interface import DenseDetector, Detector, LevelSpec, Segments
 from tad.detect.postprocess import suppress_all
@@ -30,6 +31,7 @@ from tad.store import Store, open_store
 from tad.training.distributed import pick_device
 
 logger = logging.getLogger("tad.detect")
+TOGETHER = 256  # videos whose proposals are suppressed side by side
 COLUMNS = ["video", "start_s", "end_s", "label", "score"]
 Found = dict[str, tuple[np.ndarray, np.ndarray]]  # video -> seconds (P, 2) and scores (P,) of proposals, best first
 
@@ -96,6 +98,10 @@ def detect(
     agnostic = run.class_agnostic
     if not agnostic and (scores is not None or proposals or classes is not None):
         raise RecipeError(f"run {run.path}: '{run.recipe.detector}' finds classes itself; it takes no class scores")
+    if proposals and scores is not None:
+        raise RecipeError("proposals are given without classes: leave the scores out, or ask for detections")
+    if classes is not None and scores is None and classes.softmax != run.recipe.classes.softmax:
+        raise RecipeError("classes.softmax makes probabilities of a file of logits: give the file as scores")
     for needed in run.parts:
         check_same_features(needed, store)
     present, failed = _wanted(run, store, videos, subset, annotations)
@@ -108,22 +114,24 @@ def detect(
         logger.warning("%s", failure)
     views: list[MapView] | None = None if maps_path is None else []
     show = progress or silent
+    table = None
+    if agnostic and not proposals:  # before the network has worked for hours
+        table = class_scores(run, store=store, videos=present, device=chosen, scores=scores, classes=classes)
+        check_scores(table, run.classes)
     raw = Raw(
         find(run, store, present, device=chosen, batch_videos=batch_videos, lost=lost, progress=show, views=views),
-        run.classes, class_agnostic=agnostic, recipe=run.recipe,
+        run.classes, class_agnostic=agnostic, class_scores=table, recipe=run.recipe,
     )  # fmt: skip
-    if agnostic and not proposals:
-        raw.class_scores = class_scores(run, store=store, videos=present, device=chosen, scores=scores)
     if raw_path is not None:
         save_raw(raw_path, raw)
     if maps_path is not None:
         save_maps(maps_path, RawMaps(views or [], run.classes, run.recipe, run.channels, raw.class_scores))
-    table, unscored = detections(raw, postprocess, classes)
+    found, unscored = detections(raw, postprocess, classes)
     for video in unscored:
         lost(Failure(video, "AnnotationError", "no class scores for this video: its proposals have no class"))
     if failures is not None:
         failures.extend(failed)
-    return table
+    return found
 
 
 def resuppress(
@@ -135,10 +143,7 @@ def resuppress(
 ) -> pd.DataFrame:
     """The table that :func:`detect` would return with this suppression and these classes, from its ``raw_out`` file
     alone; without them, with those of the run."""
-    found = load_raw(raw)
-    if scores is not None:
-        found.class_scores = scores
-    return detections(found, postprocess, classes)[0]
+    return detections(with_scores(load_raw(raw), scores), postprocess, classes)[0]
 
 
 def find(
@@ -157,6 +162,23 @@ def find(
     Of a run that refines proposals, those are found first. Raises :class:`RecipeError` where maps are asked of a
     detector that has none.
     """
+    return list(
+        _found(run, store, videos, device=device, batch_videos=batch_videos, lost=lost, progress=progress, views=views)
+    )
+
+
+def _found(
+    run: Run,
+    store: Store,
+    videos: Sequence[str],
+    *,
+    device: torch.device,
+    batch_videos: int = 1,
+    lost: Callable[[Failure], None],
+    progress: ProgressFactory,
+    views: list[MapView] | None = None,
+) -> Iterator[Segments]:
+    """:func:`find`, video by video."""
     detector = run.build(device=device)
     check_needs(detector.needs, detector=run.recipe.detector)
     if views is not None and not isinstance(detector, DenseDetector):
@@ -165,13 +187,11 @@ def find(
     if run.proposals is not None:
         proposed = by_video(find_proposals(run, store, videos, device=device, lost=lost, progress=progress))
         videos = [video for video in videos if video in proposed]
-    raw: list[Segments] = []
     with progress(len(videos), "detect", "videos") as bar:
         samples = readable(store, detector.needs, videos, run.recipe.data, proposals=proposed, lost=lost)
         while group := list(islice(samples, batch_videos)):
-            raw += decoded_or_lost(detector, group, run.recipe.data, device=device, lost=lost, views=views)
+            yield from decoded_or_lost(detector, group, run.recipe.data, device=device, lost=lost, views=views)
             bar.advance(len(group))
-    return raw
 
 
 def find_proposals(
@@ -187,9 +207,11 @@ def find_proposals(
     source, recipe = run.proposals, run.recipe.proposals
     if source is None:
         raise RecipeError(f"run {run.path} has no proposals run inside it")
-    raw = find(source, store, videos, device=device, lost=lost, progress=progress)
+    raw = _found(source, store, videos, device=device, lost=lost, progress=progress)
     suppression = (recipe.postprocess or source.recipe.postprocess).model_copy(update={"max_segments": recipe.top})
-    return suppress_all(raw, suppression)
+    # suppressed as they come: before it, a large set's proposals would not fit into memory
+    parts = iter(lambda: list(islice(raw, TOGETHER)), [])
+    return [kept for part in parts for kept in suppress_all(part, suppression)]
 
 
 def by_video(proposals: Iterable[Segments]) -> Found:
@@ -217,6 +239,15 @@ def detections(
         kept, raw.class_scores, classes=raw.classes, top=how.top, combine=how.combine, max_segments=how.max_segments
     )
     return table_of(labelled, raw.classes), unscored
+
+
+def with_scores(raw: Raw, scores: pd.DataFrame | None) -> Raw:
+    """``raw`` with other class scores where some are given. Raises :class:`RecipeError` where it has classes itself."""
+    if scores is None:
+        return raw
+    if not raw.class_agnostic:
+        raise RecipeError("these raw detections have classes already; they take no class scores")
+    return replace(raw, class_scores=scores)
 
 
 def check_same_features(run: Run, store: Store) -> None:

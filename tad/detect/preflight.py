@@ -145,7 +145,10 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
     learnt = subset.segments[subset.segments["video"].isin(train)]
     long_enough = learnt["end_s"] - learnt["start_s"] > recipe.data.longer_than_s
     if not long_enough.all() and recipe.data.longer_than_s:
-        messages.append(f"{int((~long_enough).sum())} training segments do not last data.longer_than_s and are left out")
+        if not long_enough.any():
+            raise RecipeError(f"none of the {len(learnt)} training segments lasts longer than data.longer_than_s")
+        short = int((~long_enough).sum())
+        messages.append(f"{short} training segments do not last data.longer_than_s and are left out")
         learnt = learnt[long_enough]
     return Plan(
         classes=classes,

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import pandas as pd
 
-from tad.annotations import Truth
+from tad.annotations import Truth, read_video_scores
+from tad.detect.classes import check_scores
+from tad.detect.classifier_run import FILES as CLASSIFIER_FILES
 from tad.detect.classifier_run import classifier_scores
 from tad.detect.classifier_train import train_classifier
 from tad.detect.detectors import DETECTORS
 from tad.detect.infer import Found, by_video, check_same_features, find_proposals
-from tad.detect.preflight import Failure
+from tad.detect.preflight import Failure, shown
 from tad.detect.raw import Raw, load_raw, save_raw
 from tad.detect.runs import CLASSIFIER, PROPOSALS, Run, copy_run
 from tad.detect.video_scores import keep_scores, read_scores
-from tad.errors import RecipeError
+from tad.errors import AnnotationError, RecipeError, WeightsError
 from tad.progress import ProgressFactory
 from tad.recipe import ClassesRecipe, DetectRecipe, ProposalsRecipe
 from tad.store import Store
 from tad.training.distributed import World
+from tad.training.files import is_temporary
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,48 @@ def check_recipe(recipe: DetectRecipe, store: Store) -> None:
             raise RecipeError(f"proposals.run {source.path} is not finished: resume it first")
         for part in source.parts:
             check_same_features(part, store)
+            if not (part.path / "best.safetensors").is_file():
+                raise WeightsError(f"proposals.run {part.path} has no best.safetensors: the file was removed")
+
+
+def check_place(recipe: DetectRecipe, path: Path, *, begun: bool) -> None:
+    """Raise :class:`RecipeError` where the recipe names something inside the run at ``path``, which is about to be
+    written anew, or where other files stand in the way; ``begun``: what is prepared there already stays.
+    """
+    inner = path / CLASSIFIER
+    if not begun and DETECTORS[recipe.detector].class_agnostic and recipe.classes.scores is None and inner.is_dir():
+        names = sorted(file.name for file in inner.iterdir())
+        if other := [n for n in names if n not in CLASSIFIER_FILES and not is_temporary(n, files=CLASSIFIER_FILES)]:
+            raise RecipeError(f"{inner}, where a classifier will be trained, holds {shown(other)}: move it elsewhere")
+    for key, given in (("proposals.run", recipe.proposals.run), ("classes.scores", recipe.classes.scores)):
+        if given is not None and Path(given).resolve().is_relative_to(path.resolve()):
+            raise RecipeError(
+                f"{key} {given} is part of the run {path} that is to be written: move or copy it elsewhere"
+            )
+
+
+def check_class_scores(recipe: DetectRecipe, *, classes: Sequence[str], holdout: Sequence[str]) -> list[str]:
+    """Whether the file of class scores is about what a training is about; what is worth saying of it.
+
+    Raises
+    ------
+    AnnotationError : scores that cannot be read or fused, or of other classes; scores of none of the ``holdout``
+        videos, whose mAP is to choose the checkpoint.
+    """
+    if not DETECTORS[recipe.detector].class_agnostic or recipe.classes.scores is None:
+        return []
+    table = read_scores(recipe.classes.scores, recipe.classes)
+    check_scores(table, classes)
+    lacking = sorted(set(holdout) - set(table.index))
+    if not lacking:
+        return []
+    if recipe.train.select == "map" and len(lacking) == len(set(holdout)):
+        raise AnnotationError(
+            f"{recipe.classes.scores} has scores of none of the {len(lacking)} held-out videos ({shown(lacking)}), but "
+            f"of {shown(table.index.tolist()) or 'no video'}: hold out videos with scores (data.holdout_subset), or "
+            "set train.select=last"
+        )
+    return [f"{len(lacking)} held-out videos have no class scores and count as missed: {shown(lacking)}"]
 
 
 def prepare(
@@ -103,8 +148,11 @@ def _class_scores(
     if not DETECTORS[recipe.detector].class_agnostic:
         return None
     if recipe.classes.scores is not None:
+        kept = path / "scores.json"
+        if kept.is_file():  # of the training that is resumed
+            return read_video_scores(kept)
         table = read_scores(recipe.classes.scores, recipe.classes)
-        keep_scores(path / "scores.json", table, source=recipe.classes.scores)
+        keep_scores(kept, table, source=recipe.classes.scores)
         return table
     train_classifier(
         recipe.classes.classifier,
@@ -131,10 +179,14 @@ def _proposals(
 ) -> tuple[Found, list[Failure]]:
     file = path / "proposals.npz"
     failures: list[Failure] = []
+    found = load_raw(file).segments if file.is_file() else []
+    known = {segments.video for segments in found}
+    missing = [video for video in videos if video not in known]
     if not file.is_file():
         assert recipe.proposals.run is not None  # see check_recipe
         copy_run(Run.load(recipe.proposals.run), path / PROPOSALS)
+    if missing or not file.is_file():
         run = Run.load(path)
-        found = find_proposals(run, store, videos, device=processes.device, lost=failures.append, progress=progress)
+        found += find_proposals(run, store, missing, device=processes.device, lost=failures.append, progress=progress)
         save_raw(file, Raw(found, run.classes, class_agnostic=True))
-    return by_video(load_raw(file).segments), failures
+    return by_video(found), failures

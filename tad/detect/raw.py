@@ -6,6 +6,7 @@ From these files alone suppression, fusion with class scores, and ensembles run 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from tad.detect.runs import write_atomic
 from tad.errors import RecipeError
 from tad.recipe import DetectRecipe, validated
 from tad.timeline import TimeAxis
+
+NO_ARRAYS = (OSError, EOFError, ValueError, BadZipFile, zlib.error)  # what NumPy raises for files that are none of its
 
 
 @dataclass
@@ -107,7 +110,7 @@ def load_raw(path: str | Path) -> Raw:
             found.append(Segments(video, segments, labels.long(), scores, extra, float(durations[index])))
         classes, recipe, class_scores = _read_common(data, path)
         agnostic = bool(data.get("class_agnostic", np.array(False)))
-    except (OSError, ValueError, TypeError, LookupError, BadZipFile) as error:
+    except (*NO_ARRAYS, TypeError, LookupError) as error:
         raise RecipeError(
             f"{path} does not hold raw detections ({error}); write it with detect(..., raw_out=...)"
         ) from error
@@ -115,10 +118,13 @@ def load_raw(path: str | Path) -> Raw:
 
 
 def save_maps(path: Path, raw: RawMaps) -> None:
-    """Write maps as one compressed ``.npz``: ``<number of the view>/<map>`` in half precision, and their table."""
+    """Write maps as one compressed ``.npz``: ``<number of the view>/<map>`` in half precision, and their table.
+
+    Vectors keep single precision: rounded, neighbours would fall together and peaks be lost.
+    """
     table = [{"video": v.video, "axis": v.axis.to_dict(), "duration_s": v.duration_s} for v in raw.views]
     arrays: dict[str, Any] = {
-        f"{number}/{name}": value.numpy().astype(np.float16)
+        f"{number}/{name}": value.numpy().astype(np.float16 if value.ndim > 1 else np.float32)
         for number, view in enumerate(raw.views)
         for name, value in view.maps.items()
     }
@@ -145,7 +151,7 @@ def load_maps(path: str | Path) -> RawMaps:
         if recipe is None:
             raise ValueError("it has no recipe")
         channels = {str(k): int(v) for k, v in json.loads(str(data["channels"])).items()}
-    except (OSError, ValueError, TypeError, LookupError, BadZipFile) as error:
+    except (*NO_ARRAYS, TypeError, LookupError) as error:
         raise RecipeError(
             f"{path} does not hold raw maps ({error}); write it with detect(..., maps_out=...)"
         ) from error
@@ -157,7 +163,7 @@ def holds_maps(path: str | Path) -> bool:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return "views" in file.files
-    except (OSError, ValueError, TypeError, BadZipFile, AttributeError) as error:
+    except (*NO_ARRAYS, TypeError, AttributeError) as error:
         raise RecipeError(f"{path} is not a file of raw detections or maps ({error})") from error
 
 

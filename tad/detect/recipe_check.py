@@ -15,6 +15,7 @@ from tad.detect.align import check_needs
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
 from tad.detect.preflight import Plan, check_streams, plan_training, read_training, shown, training_subset
+from tad.detect.prepare import check_class_scores
 from tad.detect.prepare import check_recipe as check_sources
 from tad.detect.train import resolved
 from tad.errors import TadError, did_you_mean
@@ -143,6 +144,9 @@ def _plan(check: RecipeCheck, recipe: DetectRecipe, store: Store, truth: Truth |
     check.counts |= {"missing_videos": len(plan.failures), "classes": len(plan.classes)}
     check.notes += plan.messages
     _failures(check, "lack features", plan.failures)
+    if recipe.detector in DETECTORS:
+        scored = check.attempt(lambda: check_class_scores(recipe, classes=plan.classes, holdout=plan.holdout))
+        check.notes += scored or []
     return plan if len(there) == len(recipe.streams) else None
 
 

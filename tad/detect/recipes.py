@@ -185,6 +185,9 @@ def result_recipes(run: str | Path, sets: Iterable[str]) -> tuple[PostprocessRec
 def changed_results(recipe: DetectRecipe | None, sets: Iterable[str]) -> tuple[PostprocessRecipe, ClassesRecipe]:
     """A recipe's suppression and classes with ``sets`` on top; defaults where there is no recipe."""
     sets = list(sets)
+    for item in sets:
+        if item.startswith(("classes.scores", "classes.classifier")):
+            raise RecipeError(f"--set {item} is of the training; other class scores are given with --scores FILE")
     of_classes = [item.removeprefix("classes.") for item in sets if item.startswith("classes.")]
     others = [item for item in sets if not item.startswith("classes.")]
     suppression = (PostprocessRecipe() if recipe is None else recipe.postprocess).model_dump()

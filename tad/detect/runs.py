@@ -65,8 +65,8 @@ from tad.training.files import (
 
 __all__ = [
     "FILES", "Run", "describe_differences", "differing_keys", "dump_recipe", "environment", "load_into", "now_text",
-    "read_json", "read_state", "read_weights", "remove_run", "require_free", "run_state", "sha256_of", "write_atomic",
-    "write_csv", "write_json", "write_state", "write_text", "write_weights",
+    "read_json", "read_state", "read_weights", "remove_run", "remove_training", "require_free", "run_state",
+    "sha256_of", "write_atomic", "write_csv", "write_json", "write_state", "write_text", "write_weights",
 ]  # fmt: skip
 
 FILES = (
@@ -84,8 +84,24 @@ FILES = (
     "scores.json",
     "proposals.npz",
 )
+OF_EPOCHS = (
+    "best.safetensors",
+    "last.safetensors",
+    "resume.pt",
+    "metrics.csv",
+    "metrics.json",
+    "failures.jsonl",
+    "log.txt",
+)
 CLASSIFIER, PROPOSALS = "classifier", "proposals"  # folders of runs inside a run
-COPIED = ("classes.json", "features.json", "env.json", "best.safetensors", "recipe.yaml")  # of a proposals run
+COPIED = (
+    "classes.json",
+    "features.json",
+    "env.json",
+    "best.safetensors",
+    "metrics.json",
+    "recipe.yaml",
+)  # of a proposals run
 
 
 # ---- the run itself --------------------------------------------------------------------------------------------------
@@ -213,6 +229,11 @@ def remove_run(path: Path) -> None:
     remove_files(path, files=FILES)
 
 
+def remove_training(path: Path) -> None:
+    """Remove what a training wrote from its first epoch on; what says how it was begun and what was prepared stays."""
+    remove_files(path, files=OF_EPOCHS)
+
+
 def dump_recipe(path: Path, recipe: DetectRecipe) -> None:
     write_text(path / "recipe.yaml", dump_yaml(recipe))
 
@@ -238,5 +259,7 @@ def copy_run(source: Run, path: Path) -> None:
     if source.proposals is not None:
         copy_run(source.proposals, path / PROPOSALS)
     for name in COPIED:
+        if name == "metrics.json" and not source.finished:
+            continue  # a copy that was made without
         with open(source.path / name, "rb") as file:
             write_atomic(path / name, lambda copy, file=file: shutil.copyfileobj(file, copy))  # type: ignore[misc]

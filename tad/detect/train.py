@@ -21,7 +21,7 @@ from tad.detect.infer import check_same_features, decoded_videos, detections, ta
 from tad.detect.interface import Segments
 from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
-from tad.detect.prepare import Prepared, check_recipe, prepare
+from tad.detect.prepare import Prepared, check_class_scores, check_place, check_recipe, prepare
 from tad.detect.raw import Raw
 from tad.detect.runs import (
     Run,
@@ -33,6 +33,7 @@ from tad.detect.runs import (
     read_json,
     read_state,
     remove_run,
+    remove_training,
     require_free,
     sha256_of,
     write_csv,
@@ -47,11 +48,11 @@ from tad.detect.windows import read_whole
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
-from tad.recipe import DetectRecipe
+from tad.recipe import DetectRecipe, validated
 from tad.store import Store, open_store
 from tad.training.distributed import World, world
 from tad.training.optim import check_training, lr_factor, set_lr
-from tad.training.rng import seed_all
+from tad.training.rng import random_state, seed_all, set_random_state
 
 logger = logging.getLogger("tad.detect")
 TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # whose average mAP on the held-out videos chooses the checkpoint
@@ -125,7 +126,8 @@ def _may_begin(
     run = Run.load(path)
     env = read_json(path / "env.json")
     given = recipe.model_dump(mode="json")
-    stored = [env["recipe_as_given"], run.recipe.model_dump(mode="json")]  # either is the same training
+    as_given = validated(DetectRecipe, env["recipe_as_given"], where=str(path / "env.json"))  # with keys newer than it
+    stored = [as_given.model_dump(mode="json"), run.recipe.model_dump(mode="json")]  # either is the same training
     changed = min(([d for d in differing_keys(old, given) if d[0] not in MAY_CHANGE] for old in stored), key=len)
     if changed:
         raise RecipeError(
@@ -157,6 +159,7 @@ def _train(
     resuming = processes.on_first(lambda: stored is not None and (path / "resume.pt").is_file())
     if not resuming:
         check_recipe(stored or given, store)
+    begun = stored is not None  # where it ended before its first epoch did, what was prepared for it stays
     plan = plan_training(stored or given, store, truth)
     recipe = stored or resolved(given, plan, store)
     seed_all(recipe.seed)
@@ -165,6 +168,10 @@ def _train(
     data = read_training(plan, recipe, store, detector.needs, progress)
     if len(set(processes.gathered((tuple(data.train), tuple(data.holdout))))) > 1:
         raise StoreError(f"store {store.path}: not every process could read the same videos; run 'tad store verify'")
+    notes: list[str] = []
+    if not resuming:
+        notes = check_class_scores(recipe, classes=plan.classes, holdout=data.holdout)
+        processes.on_first(lambda: check_place(recipe, path, begun=begun))
     trainer = Trainer(detector.to(processes.device), recipe.train, processes)
     state = read_state(path / "resume.pt") if resuming else None
     if state is not None:
@@ -172,18 +179,18 @@ def _train(
         trainer.load_state_dict(state)
     else:
         seed_all(recipe.seed, processes.rank)
-        processes.on_first(lambda: _write_head(path, recipe, given, plan, data, store, truth, processes))
+        processes.on_first(lambda: _write_head(path, recipe, given, plan, data, store, truth, processes, begun=begun))
     log = _Log(path / "log.txt" if processes.first else None)
-    for message in [*plan.messages, *data.messages, *(f"left out: {f}" for f in plan.failures + data.failures)]:
+    for message in [*plan.messages, *data.messages, *notes, *(f"left out: {f}" for f in plan.failures + data.failures)]:
         log(message)
+    random = random_state()
     prepared = prepare(
         recipe, path=path, videos=list(data.train), holdout=data.holdout, store=store, truth=truth,
         processes=processes, progress=progress,
     )  # fmt: skip
     for failure in prepared.failures:
         log(f"without proposals: {failure}")
-    if state is None:
-        seed_all(recipe.seed, processes.rank)  # whatever was drawn for that
+    set_random_state(random)  # whatever was drawn for that, now or before a stop
     begins = f"resumed after epoch {trainer.epoch}" if state is not None else f"begun on {processes.device}"
     counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
     log(f"{begins}, {processes.size} processes, {recipe.train.epochs} epochs; {counts}")
@@ -297,7 +304,7 @@ def _evaluate(
         for name in tables:
             parts = [part[name] for part in every]
             table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-            known = truth if name == "average_map" else truth.assign(label="action")
+            known = truth if name == "average_map" else one_class(truth)
             result = detection_map(known, table, tiou=TIOU)
             row[name] = float(result.average)
             if name == "average_map":
@@ -339,10 +346,12 @@ def _write_head(
     store: Store,
     truth: Truth,
     processes: World,
+    *,
+    begun: bool,
 ) -> None:
     """Everything of a run folder that is known before the first epoch; what an earlier run left there goes."""
     if path.is_dir():
-        remove_run(path)
+        (remove_training if begun else remove_run)(path)
     dump_recipe(path, recipe)
     write_json(path / "classes.json", plan.classes)
     env = environment(device=processes.device, seed=recipe.seed, world=processes.size)
@@ -376,6 +385,11 @@ def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[
         "seconds": round(sum(row["seconds"] for row in trainer.history), 3),
         "counts": data.counts,
     }
+
+
+def one_class(truth: pd.DataFrame) -> pd.DataFrame:
+    """True segments as if there were one class; what had several is one segment then."""
+    return truth.assign(label="action").drop_duplicates(["video", "start_s", "end_s"], ignore_index=True)
 
 
 def _means(by_process: list[dict[str, float]], videos: int) -> dict[str, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tad.detect.data import Step
 from tad.detect.interface import Batch, Detector
@@ -54,7 +56,7 @@ class Trainer:
             if batch is None:
                 continue
             videos += batch.videos
-            batch = batch.to(self.processes.device)
+            batch = self._thinned(batch.to(self.processes.device))
             with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
                 terms = self.detector.loss(self.detector(batch), batch.targets or [])
             loss = torch.stack([term.float() for term in terms.values()]).sum()
@@ -78,6 +80,14 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.detector)
         return sums
+
+    def _thinned(self, batch: Batch) -> Batch:
+        """The batch with a random part of its feature values zero and the rest larger (``train.feature_dropout``)."""
+        part = self.recipe.feature_dropout
+        if part == 0:
+            return batch
+        features = {key: F.dropout(value.float(), part) for key, value in batch.features.items()}
+        return replace(batch, features=features)
 
     def _diverged(self, what: str, videos: list[str]) -> TadError:
         return TadError(

@@ -24,9 +24,12 @@ def class_scores(
     videos: Sequence[str],
     device: torch.device | str,
     scores: pd.DataFrame | str | Path | None = None,
+    classes: ClassesRecipe | None = None,
 ) -> pd.DataFrame:
     """Class scores of ``videos`` (index video, columns classes): ``scores`` where given, else those that the run was
     trained with: its file of scores, which need not know all videos, or its classifier, which is asked.
+
+    Whether a file that is given holds logits says ``classes``, by default the run's.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def class_scores(
     if isinstance(scores, pd.DataFrame):
         return scores
     if scores is not None:
-        return read_scores(scores, run.recipe.classes)
+        return read_scores(scores, classes or run.recipe.classes)
     if run.scores_path.is_file():
         return read_video_scores(run.scores_path)
     if run.classifier_path.is_dir():

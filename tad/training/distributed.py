@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -96,7 +97,8 @@ def world(device: str | torch.device | None) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     joined = not dist.is_initialized()
     if joined:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # The others wait while the first prepares what all need, such as a classifier of whole videos.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
         if joined:

@@ -76,6 +76,7 @@ class BMN(Detector):
     score : ``pem``: iou_class^``pem_power`` · iou_regression of every proposal (Stronger Feature §2.3);
         ``product``: start · end · iou_class · iou_regression of proposals whose start and end are peaks (Lin et al.,
         "Inference of BMN").
+    dropout : of the base's rows, and of whole channels of the map that boundary matching gives. The papers have none.
     max_detections : of a sample, best first, that :meth:`decode` gives.
 
     Raises
@@ -114,6 +115,7 @@ class BMN(Detector):
         positive_tiou: float = 0.9,
         score: Score = "pem",
         pem_power: float = 1.2,
+        dropout: float = 0.0,
         max_detections: int = 2000,
     ) -> None:
         super().__init__()
@@ -138,7 +140,13 @@ class BMN(Detector):
         check_numbers(2, math.inf, samples=samples)
         check_numbers(0, 2, lgte=lgte)
         check_numbers(
-            0.0, 1.0, lgte_dropout=lgte_dropout, high_tiou=high_tiou, low_tiou=low_tiou, positive_tiou=positive_tiou
+            0.0,
+            1.0,
+            dropout=dropout,
+            lgte_dropout=lgte_dropout,
+            high_tiou=high_tiou,
+            low_tiou=low_tiou,
+            positive_tiou=positive_tiou,
         )
         check_numbers(
             0.0,
@@ -174,6 +182,7 @@ class BMN(Detector):
         self.encoders = nn.ModuleList(
             LGTE(channels=width, dropout=lgte_dropout) if place + lgte >= 2 else nn.Identity() for place in (0, 1)
         )
+        self.dropout = nn.Dropout(dropout)
         self.temporal = BoundaryEvaluation(channels=width, width=tem_width, groups=groups)
         self.proposal = ProposalEvaluation(
             channels=width,
@@ -187,6 +196,7 @@ class BMN(Detector):
                 margin=margin,
             ),
             width=pem_width,
+            dropout=dropout,
         )
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -198,6 +208,7 @@ class BMN(Detector):
             x = F.relu(conv(x)).masked_fill(~mask, 0.0)  # (B, W, T)
             if isinstance(encoder, LGTE):
                 x = encoder(x, batch.mask)
+            x = self.dropout(x)
         start, end = self.temporal(x)  # (B, T)
         rows, total = batch.mask.sum(1), batch.mask.shape[1]
         logits = self.proposal(x, mask, self._valid(rows, total))  # (B, 2, D, T)

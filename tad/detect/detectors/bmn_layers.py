@@ -35,8 +35,11 @@ class BoundaryEvaluation(nn.Module):
 class ProposalEvaluation(nn.Module):
     """PEM: for each proposal of the grid, two estimates of its tIoU, by classification and by regression."""
 
-    def __init__(self, *, channels: int, matching_channels: int, matching: BoundaryMatching, width: int) -> None:
+    def __init__(
+        self, *, channels: int, matching_channels: int, matching: BoundaryMatching, width: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.reduce = nn.Conv1d(channels, matching_channels, 3, padding=1)
         self.matching = matching
         self.mix = nn.Linear(matching.bias.shape[0], width)  # a convolution with kernel 1, on proposals that exist
@@ -52,6 +55,8 @@ class ProposalEvaluation(nn.Module):
         cells = F.relu(self.matching(x), inplace=True)  # (B, N, H)
         kept = valid.to(cells.dtype)  # (B, D, T)
         cells = F.relu(self.mix(cells), inplace=True).mul(map_to_cells(kept).unsqueeze(2))  # (B, N, W)
+        if self.training and self.dropout.p > 0:  # a value of one cell alone could be read off its neighbours
+            cells = cells * self.dropout(cells.new_ones(cells.shape[0], 1, cells.shape[2]))
         y = cells_to_map(cells, rows=valid.shape[2], durations=valid.shape[1])  # (B, W, D, T)
         for conv in self.convs:
             y = conv(y, kept)

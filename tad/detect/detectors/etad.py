@@ -71,6 +71,7 @@ class ETAD(Detector):
         classification and by regression), each the mean of the stages.
     boundary_peaks : detect only with starts and ends that are peaks, or above half the highest (BMN's rule). Others
         are not evaluated at all.
+    dropout : of the enhanced rows, and of the hidden layers of the proposal evaluation. The paper has none.
     shortest, longest : of the proposals, in rows. max_detections : of a video, best first.
 
     Raises
@@ -109,6 +110,7 @@ class ETAD(Detector):
         iou_l2_weight: float = 1.0,
         score: Score = "paper",
         boundary_peaks: bool = True,
+        dropout: float = 0.0,
         shortest: int = 1,
         longest: int | None = None,
         max_detections: int = 2000,
@@ -148,7 +150,7 @@ class ETAD(Detector):
             regression_weight=regression_weight,
             iou_l2_weight=iou_l2_weight,
         )
-        check_numbers(0.0, 1.0, ratio=ratio, detect_ratio=detect_ratio)
+        check_numbers(0.0, 1.0, ratio=ratio, detect_ratio=detect_ratio, dropout=dropout)
         check_numbers(0.0, 1.0, **{f"tiou_thresholds[{i}]": t for i, t in enumerate(tiou_thresholds)})
         if len(tiou_thresholds) != stages:
             raise RecipeError(f"etad: {stages} stages need as many tiou_thresholds, got {list(tiou_thresholds)}")
@@ -182,6 +184,7 @@ class ETAD(Detector):
             groups=norm_groups,
             enhancement=enhancement,
         )
+        self.dropout = nn.Dropout(dropout)
         self.boundary = BoundaryEvaluation(width=width, groups=norm_groups)
         self.stages = nn.ModuleList(
             ProposalEvaluation(
@@ -189,6 +192,7 @@ class ETAD(Detector):
                 roi_channels=roi_channels,
                 points=ROI_POINTS[roi],
                 widths=(head_width, branch_head_width),
+                dropout=dropout,
             )
             for _ in range(stages)
         )
@@ -199,7 +203,7 @@ class ETAD(Detector):
         mask = None if bool(batch.mask.all()) else batch.mask[:, None]  # (B, 1, T)
         x = torch.cat([batch.features[need.key] for need in self.needs], 1)  # (B, C, T)
         x = x if mask is None else x.masked_fill(~mask, 0.0)
-        x = self.enhancement(x, mask)  # (B, width, T)
+        x = self.dropout(self.enhancement(x, mask))  # (B, width, T)
         boundary = self.boundary(x, mask).to(torch.promote_types(x.dtype, torch.float32))
         extent = extents(batch).to(boundary)  # (B, 2)
         rows = batch.mask.sum(1)  # (B,)

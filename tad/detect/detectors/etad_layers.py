@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -201,8 +202,11 @@ class GroupedLinear(nn.Module):
 class Heads(nn.Module):
     """Columns of Table 6: a fully-connected layer on the RoI, three of ``widths[1]``, and the last one."""
 
-    def __init__(self, *, groups: int, channels: int, points: int, widths: tuple[int, int], out: int) -> None:
+    def __init__(
+        self, *, groups: int, channels: int, points: int, widths: tuple[int, int], out: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = dropout
         self.roi = RoILinear(channels=channels, points=points, out=widths[0], groups=groups, relu=True)
         sizes = [widths[0], widths[1], widths[1], widths[1], out]
         self.layers = nn.ModuleList(GroupedLinear(groups, *pair) for pair in pairwise(sizes))
@@ -216,7 +220,7 @@ class Heads(nn.Module):
 
     def _rest(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = F.dropout(F.relu(layer(x), inplace=True), self.dropout, self.training)
         y: Tensor = self.layers[-1](x)
         return y
 
@@ -242,14 +246,16 @@ class ProposalEvaluation(nn.Module):
     public code. Each point is looked up once.
     """
 
-    def __init__(self, *, width: int, roi_channels: int, points: int, widths: tuple[int, int]) -> None:
+    def __init__(
+        self, *, width: int, roi_channels: int, points: int, widths: tuple[int, int], dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.points, self.quarter = points, points // QUARTERS
         self.reduce = nn.Linear(width, roi_channels)  # a convolution with kernel 1
-        self.start = Heads(groups=1, channels=roi_channels, points=self.quarter, widths=widths, out=1)
-        self.end = Heads(groups=1, channels=roi_channels, points=self.quarter, widths=widths, out=1)
-        # groups: centre and length, start and end, tIoU
-        self.extended = Heads(groups=3, channels=roi_channels, points=points, widths=widths, out=2)
+        heads = partial(Heads, channels=roi_channels, widths=widths, dropout=dropout)
+        self.start = heads(groups=1, points=self.quarter, out=1)
+        self.end = heads(groups=1, points=self.quarter, out=1)
+        self.extended = heads(groups=3, points=points, out=2)  # centre and length, start and end, tIoU
 
     def forward(self, x: Tensor, rows: Tensor, proposals: Tensor, counts: Sequence[int], extent: Tensor) -> Stage:
         """Rows (B, T, width), ``rows`` (B,) of them real; P proposals (P, 2), ``counts`` of each sample.
