@@ -3,10 +3,10 @@
     python -m benchmarks.trainings systems --store S --annotations A --out FOLDER [--seeds 0 1] [--jobs 1]
 
 Sets: ``systems`` (BMN with 0, 1, 2 LGTEs, ETAD), ``refined`` (TCANet with both decodings, on the BMN of ``systems``),
-``ratios`` (proposal sampling of ETAD at 3 to 100 %), ``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of the
-trained ETAD). Prints a table: average mAP with the run's own classes, with the truth's majority class of each video, and
-as one class; AR@1/5/10/100 and AUC; seconds of training and of an epoch; peak memory of the process; milliseconds a video
-of detection. What is in FOLDER already is not done again.
+``ratios`` (proposal sampling of ETAD at 3 to 100 %), ``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of
+the trained ETAD). Prints a table: average mAP with the run's own classes, with each video's true majority class, and
+as one class; with the ranking, and with the boundaries of the truth; AR@1/5/10/100 and AUC; seconds of training and of
+an epoch; peak memory of the process; milliseconds a video of detection. What is in FOLDER already is not done again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+
+from tad.annotations import Truth, read_truth
+from tad.detect import Run, detect, train_detector
+from tad.detect.infer import detections
+from tad.detect.interface import Segments
+from tad.detect.raw import load_raw
+from tad.detect.recipes import detect_recipe
+from tad.detect.segments import segment_tiou
+from tad.evaluate import average_recall, detection_map
+from tad.recipe import ClassesRecipe
+
+TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BMN, TCANET, ETAD = (f"{name}/planted.yaml" for name in ("bmn", "tcanet", "etad"))
 # name of a set -> name of a training in it -> recipe, --set; "{bmn}" is the folder of the best BMN of the same seed
@@ -62,32 +78,25 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "detect-ratios": {f"etad@{ratio}": (ETAD, [f"model.detect_ratio={ratio / 100}"]) for ratio in (100, 20, 15, 10, 6)},
 }
 BEST_BMN = "bmn-lgte2"
-COLUMNS = ("map", "map_truth", "map_one_class", "ar@1", "ar@5", "ar@10", "ar@100", "auc", "train_s", "epoch_s",
-           "peak_mb", "detect_ms")  # fmt: skip
+COLUMNS = (
+    *("map", "map_truth", "map_one_class", "map_oracle_ranking", "map_oracle_boundaries"),
+    *("ar@1", "ar@5", "ar@10", "ar@100", "auc", "train_s", "epoch_s", "peak_mb", "detect_ms"),
+)
 
 
 def one(options: argparse.Namespace) -> None:
     """Train, detect and score one recipe; the result goes to ``result.json`` of its folder."""
-    import resource
-
-    import pandas as pd
-    import torch
-
-    from tad.annotations import read_truth
-    from tad.detect import Run, detect, train_detector
-    from tad.detect.infer import detections
-    from tad.detect.raw import load_raw
-    from tad.detect.recipes import detect_recipe
-    from tad.evaluate import average_recall, detection_map
-    from tad.recipe import ClassesRecipe
-
     torch.set_num_threads(1)
     out = Path(options.out)
     recipe = detect_recipe(None, file=options.recipe, sets=options.sets, seed=options.seed)
     truth = read_truth(options.annotations)
     result: dict[str, Any] = {}
-    detect_only = options.trained is not None
-    if detect_only:
+    if options.rescore:
+        result = json.loads((out / "result.json").read_text())
+        result |= scores(truth.subset(options.subset), out / "raw" / "test.npz")
+        (out / "result.json").write_text(json.dumps(result, indent=2))
+        return
+    if options.trained is not None:
         run = Run.load(options.trained)
         run = Run(run.path, recipe.model_copy(update={"seed": run.recipe.seed}), run.classes, run.features)
     else:
@@ -99,29 +108,62 @@ def one(options: argparse.Namespace) -> None:
     part = truth.subset(options.subset)
     begin = time.perf_counter()
     raw_file = out / "raw" / "test.npz"
-    found = detect(
-        run=run, store=options.store, subset=options.subset, annotations=truth, device="cpu", raw_out=raw_file
-    )
+    detect(run=run, store=options.store, subset=options.subset, annotations=truth, device="cpu", raw_out=raw_file)
     videos = len(part.videos)
     result["detect_ms"] = 1000 * (time.perf_counter() - begin) / videos
-    tiou = (0.3, 0.4, 0.5, 0.6, 0.7)
-    scored = detection_map(part, found, tiou=tiou)
-    result |= {"map": 100 * float(scored.average), **{f"map_{t:g}": 100 * float(v) for t, v in scored.map.items()}}
-    raw = load_raw(raw_file)
-    if raw.class_agnostic:
-        counts = pd.crosstab(part.segments["video"], part.segments["label"]).reindex(part.videos["video"], fill_value=0)
-        raw.class_scores = counts.eq(counts.max(axis=1), axis=0) & counts.gt(0)
-        raw.class_scores = raw.class_scores.astype(float)
-        by_truth = detections(raw, classes=ClassesRecipe(top=1))[0]
-        result["map_truth"] = 100 * float(detection_map(part, by_truth, tiou=tiou).average)
-        raw.class_scores = None
-        proposals = detections(raw)[0]
-        same = part.segments.assign(label="action")
-        result["map_one_class"] = 100 * float(detection_map(same, proposals.assign(label="action"), tiou=tiou).average)
-        recall = average_recall(part, proposals)
-        result |= {f"ar@{n}": 100 * recall.ar[n] for n in (1, 5, 10, 100) if n in recall.ar}
-        result["auc"] = 100 * recall.auc
+    result |= scores(part, raw_file)
     (out / "result.json").write_text(json.dumps(result, indent=2))
+
+
+def scores(part: Truth, raw_file: Path) -> dict[str, float]:
+    """What raw detections are worth, in percent, and what they would be worth if one of their parts were perfect."""
+    raw = load_raw(raw_file)
+    found = detections(raw)[0]
+    result = {"map": average_map(part.segments, found)}
+    result |= {f"map_{t:g}": 100 * float(v) for t, v in detection_map(part, found, tiou=TIOU).map.items()}
+    if not raw.class_agnostic:
+        return result
+    counts = pd.crosstab(part.segments["video"], part.segments["label"]).reindex(part.videos["video"], fill_value=0)
+    majority = (counts.eq(counts.max(axis=1), axis=0) & counts.gt(0)).astype(float)
+
+    def by_truth(**changes: Any) -> float:
+        changed = replace(raw, class_scores=majority, **changes)
+        return average_map(part.segments, detections(changed, classes=ClassesRecipe(top=1))[0])
+
+    result["map_truth"] = by_truth()
+    result["map_oracle_ranking"] = by_truth(segments=[ranked_by_truth(s, part) for s in raw.segments])
+    result["map_oracle_boundaries"] = by_truth(segments=[moved_to_truth(s, part) for s in raw.segments])
+    proposals = detections(replace(raw, class_scores=None))[0]
+    one_class = part.segments.assign(label="action")
+    result["map_one_class"] = average_map(one_class, proposals.assign(label="action"))
+    recall = average_recall(part, proposals)
+    result |= {f"ar@{n}": 100 * recall.ar[n] for n in (1, 5, 10, 100) if n in recall.ar}
+    return result | {"auc": 100 * recall.auc}
+
+
+def average_map(truth: pd.DataFrame, found: pd.DataFrame) -> float:
+    return 100 * float(detection_map(truth, found, tiou=TIOU).average)
+
+
+def overlap(segments: Segments, part: Truth) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest tIoU (N,) of each segment with a truth of its video, and that truth (N, 2) in seconds."""
+    own = part.segments[part.segments["video"] == segments.video]
+    truths = torch.tensor(own[["start_s", "end_s"]].to_numpy(), dtype=segments.segments_s.dtype)
+    if len(truths) == 0:
+        return torch.zeros(len(segments)), segments.segments_s
+    tiou, best = segment_tiou(segments.segments_s, truths).max(1)
+    return tiou, truths[best]
+
+
+def ranked_by_truth(segments: Segments, part: Truth) -> Segments:
+    """Scored by their tIoU with the truth instead of the network's confidence."""
+    return replace(segments, scores=overlap(segments, part)[0])
+
+
+def moved_to_truth(segments: Segments, part: Truth) -> Segments:
+    """With the boundaries of the truth where they overlap one by at least 0.3."""
+    tiou, truths = overlap(segments, part)
+    return replace(segments, segments_s=torch.where(tiou[:, None] >= 0.3, truths, segments.segments_s))
 
 
 def folder_of(options: argparse.Namespace, name: str, seed: int) -> Path:
@@ -132,7 +174,7 @@ def start(options: argparse.Namespace, name: str, recipe: str, sets: list[str], 
     """One training in a process of its own, unless its result is there."""
     out = folder_of(options, name, seed)
     if not (out / "result.json").is_file():
-        sets = [item.format(bmn=folder_of(options, BEST_BMN, seed)) for item in sets] + options.sets
+        sets = [item.format(bmn=folder_of(options, BEST_BMN, seed), seed=seed) for item in [*sets, *options.sets]]
         command = [
             sys.executable,
             "-m",
@@ -165,10 +207,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of the set's trainings")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, of one thread each")
-    parser.add_argument("--set", dest="sets", action="append", default=[], help="for every training")
+    parser.add_argument(
+        "--set", dest="sets", action="append", default=[], help="for every training; {seed} as in --store"
+    )
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--trained", help=argparse.SUPPRESS)
+    parser.add_argument("--rescore", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.set == "one":
         one(options)
@@ -179,12 +224,12 @@ def main() -> None:
         results = list(pool.map(lambda item: start(options, *item), work))
     table = {f"{name} seed {seed}": result for (name, _, _, seed), result in zip(work, results, strict=True)}
     width = max(map(len, table))
-    print(" " * width, *(f"{column:>13}" for column in COLUMNS))
+    print(" " * width, *(f"{column:>21}" for column in COLUMNS))
     for name, result in table.items():
         if "failed" in result:
             print(f"{name:{width}} failed: {result['failed']}")
             continue
-        print(f"{name:{width}}", *(f"{result[c]:13.2f}" if c in result else " " * 13 for c in COLUMNS))
+        print(f"{name:{width}}", *(f"{result[c]:21.2f}" if c in result else " " * 21 for c in COLUMNS))
     (Path(options.out) / f"{options.set}.json").write_text(json.dumps(table, indent=2))
 
 

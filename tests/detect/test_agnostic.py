@@ -276,6 +276,39 @@ def test_the_commands_of_the_ensemble_page(
     assert len(found["results"]) == 6
 
 
+def test_the_commands_of_the_page_on_proposals(
+    world: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from tad.cli import main
+    from tad.detect import recipes
+
+    small: dict[str, dict[str, Any]] = {
+        "bmn": {"rows": 24, "width": 16, "tem_width": 16, "matching_channels": 16, "hidden": 16, "pem_width": 8},
+        "tcanet": {"width": 16, "head_width": 16, "boundary_width": 8},
+        "etad": {"rows": 24, "width": 16, "lstm_width": 16, "branch_width": 16, "roi_channels": 8, "head_width": 16},
+    }
+    train = {"epochs": 1, "batch_videos": 4}
+    one_epoch = {"classifier": {"epochs": 1}}
+    monkeypatch.setattr(
+        recipes,
+        "DEFAULTS",
+        {name: {"model": model, "train": train, "classes": one_epoch} for name, model in small.items()},
+    )
+    store, annotations, _ = world
+    shutil.copytree(store, tmp_path / "features.zarr")
+    shutil.copy(annotations, tmp_path / "annotations.json")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "proposals.md").read_text(encoding="utf-8")
+    commands = page.split("```bash\n")[1].split("\n```")[0].splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        result = CliRunner().invoke(main, command.split()[1:])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "found.json").is_file()
+
+
 def test_a_store_without_a_stream_of_the_inner_run(world: tuple[Path, Path, Path], tmp_path: Path) -> None:
     store, annotations, run = world
     out = tmp_path / "refined"

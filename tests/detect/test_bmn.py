@@ -535,3 +535,17 @@ def test_it_trains_and_detects_through_the_pipeline(layout, tmp_path):
     assert again["score"].to_numpy() == pytest.approx(found["score"].to_numpy(), abs=1e-5)
     durations = found["video"].map(truth.videos.set_index("video")["duration_s"])
     assert ((found["start_s"] >= 0) & (found["end_s"] <= durations + 1e-3)).all()
+
+
+def test_dropout_is_of_training_alone():
+    plain, dropping = bmn(), bmn(dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    batch = batch_of([14, 20], [([[2.0, 6.0]], [0]), ([[3.0, 9.0]], [1])])
+    with torch.no_grad():
+        same, other = plain.eval()(batch), dropping.eval()(batch)
+        for name in ("start", "iou_class"):
+            assert torch.equal(getattr(same, name), getattr(other, name))
+        learning = [dropping.train()(batch) for _ in range(2)]
+        for name in ("start", "iou_class"):  # rows, and the map behind them
+            assert not torch.allclose(getattr(learning[0], name), getattr(learning[1], name))
+            assert torch.equal(getattr(plain.train()(batch), name), getattr(same, name))

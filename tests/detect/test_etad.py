@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from tad.detect.detectors import build_detector, etad_losses
 from tad.detect.detectors.etad import ETAD, all_candidates, boundary_peaks
-from tad.detect.detectors.etad_layers import DirectedLSTM, GroupedLinear, MaskedGroupNorm, settled
+from tad.detect.detectors.etad_layers import DirectedLSTM, GroupedLinear, settled
 from tad.detect.interface import Batch, LevelSpec, Targets
+from tad.detect.norms import MaskedGroupNorm
 from tad.detect.pooling import soi_align
 from tad.detect.samplers import SAMPLERS, sample
 from tad.detect.segments import encode_center_length, paired_tiou
@@ -620,3 +621,16 @@ def test_grouped_linear_is_linear_side_by_side():
     for g in range(3):
         expected = F.linear(x[g], layer.weight[g].T, layer.bias.view(3, 2)[g])
         assert torch.allclose(y[g], expected, atol=1e-6)
+
+
+def test_dropout_is_of_training_alone():
+    plain, dropping = etad(ratio=1.0), etad(ratio=1.0, dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    batch = batch_of([9, 7], [([[2.0, 6.0]], [0]), ([[1.0, 5.0]], [1])])
+    with torch.no_grad():
+        same, other = plain.eval()(batch), dropping.eval()(batch)
+        assert torch.equal(same.boundary, other.boundary)
+        assert torch.equal(same.stages[2].iou_logits, other.stages[2].iou_logits)
+        learning = [dropping.train()(batch) for _ in range(2)]
+        assert not torch.allclose(learning[0].boundary, learning[1].boundary)
+        assert not torch.allclose(learning[0].stages[0].iou_logits, learning[1].stages[0].iou_logits)

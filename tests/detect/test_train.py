@@ -534,3 +534,26 @@ def test_averaged_weights() -> None:
     again.load_state_dict(average.state_dict())
     assert again.updates == 12
     assert torch.equal(again.module.weight, average.module.weight)
+
+
+def test_feature_dropout_thins_features_in_training_alone(
+    world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    forward = Toy.forward
+
+    def spy(self: Toy, batch: Any) -> Any:
+        seen[self.training].append(batch.features["rgb"].transpose(1, 2)[batch.mask])  # (rows, C)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Toy, "forward", spy)
+    store, annotations = world
+    recipe = toy_recipe(train={"epochs": 1, "feature_dropout": 0.4})
+    train_detector(recipe, store=store, annotations=annotations, out=tmp_path / "thin")
+    thin, whole = torch.cat(seen[True]), torch.cat(seen[False])
+    assert (whole == 0).float().mean() < 0.01
+    assert 0.35 < (thin == 0).float().mean() < 0.45
+    seen[True].clear()
+    train_detector(toy_recipe(train={"epochs": 1}), store=store, annotations=annotations, out=tmp_path / "whole")
+    full = torch.cat(seen[True])  # the same rows in the same order
+    torch.testing.assert_close(thin, torch.where(thin == 0, 0.0, full / 0.6))

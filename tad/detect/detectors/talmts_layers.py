@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tad.detect.boundary_pooling import boundary_max_pool
-from tad.detect.detectors.etad_layers import MaskedGroupNorm
+from tad.detect.norms import MaskedGroupNorm
 from tad.errors import RecipeError
 
 Interpolation = Literal["nearest", "linear"]
