@@ -91,6 +91,6 @@ def test_the_code_of_the_extraction_page(tmp_path: Path, folder: Path) -> None:
 def test_the_two_commands_are_what_ci_runs() -> None:
     (demo,), (test,) = blocks(README, "demo-command"), blocks(README, "test-command")
     assert demo.endswith("&& tad demo")
-    assert test.endswith("&& pytest")
+    assert "&& pytest" in test
     assert "test-command" in (ROOT / ".ci/run").read_text()
     assert ".ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
