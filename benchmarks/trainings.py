@@ -45,6 +45,7 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
         "bmn": (BMN, ["model.lgte=0"]),
         "bmn-lgte1": (BMN, ["model.lgte=1"]),
         "bmn-lgte2": (BMN, ["model.lgte=2"]),
+        "bmn-long": (BMN, ["model.lgte=1", "train.epochs=10"]),
         "etad": (ETAD, []),
     },
     "refined": {  # after "systems"
@@ -77,7 +78,7 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
     },
     "detect-ratios": {f"etad@{ratio}": (ETAD, [f"model.detect_ratio={ratio / 100}"]) for ratio in (100, 20, 15, 10, 6)},
 }
-BEST_BMN = "bmn-lgte2"
+BEST_BMN = "bmn-long"
 COLUMNS = (
     *("map", "map_truth", "map_one_class", "map_oracle_ranking", "map_oracle_boundaries"),
     *("ar@1", "ar@5", "ar@10", "ar@100", "auc", "train_s", "epoch_s", "peak_mb", "detect_ms"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import cast
 
 import numpy as np
@@ -21,12 +23,13 @@ SAME_AXIS = 1e-3  # rows: axes that drift apart by less than this over a whole v
 class Sample:
     """One video, or a crop of it, as a detector sees it.
 
-    ``features``: ``LevelSpec.key`` -> (T, C) float; ``segments`` (N, 2) float32 in row edges and ``labels`` (N,) int64
-    are its truth, empty where there is none or none was asked for. ``proposals`` (P, 2) float32 in row edges and
-    ``proposal_scores`` (P,) float32, best first, are what another detector found, for one that refines them.
+    ``features``: ``LevelSpec.key`` -> (T, C) float, or maps (T, C, H, W), float or uint8. ``segments`` (N, 2) float32
+    in row edges and ``labels`` (N,) int64 are its truth, empty where there is none or none was asked for. ``proposals``
+    (P, 2) float32 in row edges and ``proposal_scores`` (P,) float32, best first, are what another detector found, for
+    one that refines them.
     ``interpolated`` names the streams that did not lie on the first one's axis. Where levels differ in resolution,
     ``factors`` has for every key how many rows of the first need, in which ``axis`` and truth are, one of its rows is:
-    its row j is rows ``[j, j + 1) * factor``.
+    its row j is rows ``[j, j + 1) * factor``. Of frames, denser than the first need, it is a fraction.
     """
 
     video: str
@@ -38,19 +41,20 @@ class Sample:
     interpolated: tuple[str, ...] = ()
     proposals: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     proposal_scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    factors: Mapping[str, int] = field(default_factory=dict)
+    factors: Mapping[str, int | Fraction] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
-    def factor(self, key: str) -> int:
+    def factor(self, key: str) -> int | Fraction:
         return self.factors.get(key, 1)
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """The rows of one need as a sample has them, read from the store where they are sliced: ``rows[a:b]``, (b - a, C).
+    """The rows of one need as a sample has them, read from the store where they are sliced: ``rows[a:b]``, (b - a, C)
+    or (b - a, C, H, W).
 
     ``count`` rows lie on the sample's axis before every ``spacing`` of them are averaged. ``axis`` says where they lie
     when the stored ones are elsewhere and have to be interpolated; None takes them as they are.
@@ -62,14 +66,14 @@ class StoredRows:
     axis: TimeAxis | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return -(-self.count // self.spacing), int(self.feature.shape[1])
+    def shape(self) -> tuple[int, ...]:
+        return -(-self.count // self.spacing), *self.feature.shape[1:]
 
     def __getitem__(self, part: slice) -> np.ndarray:
         begin, end, _ = part.indices(self.shape[0])
         first, stop = begin * self.spacing, min(end * self.spacing, self.count)
         if first >= stop:
-            return np.empty((0, self.shape[1]), np.float32)
+            return np.empty((0, *self.shape[1:]), np.float32 if len(self.shape) == 2 else self.feature.dtype)
         return pool_rows(self._between(first, stop), self.spacing)
 
     def _between(self, first: int, stop: int) -> np.ndarray:
@@ -78,7 +82,7 @@ class StoredRows:
         at_s = self.axis.center_s(np.arange(first, stop))  # (T,)
         low, high = np.clip(np.floor(self.feature.axis.row_at(at_s[[0, -1]])), 0, len(self.feature) - 1).astype(int)
         low, high = max(int(low) - 1, 0), min(int(high) + 3, len(self.feature))  # a neighbour more, against rounding
-        return interpolate_rows(_checked(self.feature, low, high), self.feature.axis.shifted(low), at_s)
+        return resampled(_checked(self.feature, low, high), self.feature.axis.shifted(low), at_s)
 
 
 def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
@@ -97,17 +101,30 @@ def check_needs(needs: Sequence[LevelSpec], *, detector: str) -> None:
                 "windowed and rescaled need a number of rows, full has none"
             )
         finest, rows = needs[0].rows, need.rows
-        if need.layout != needs[0].layout or (finest is not None and rows is not None and finest % rows):
+        unlike = finest is not None and rows is not None and finest % rows != 0
+        if unlike and need.shape is not None and finest is not None and rows is not None:
+            unlike = rows % finest != 0  # maps and frames may be denser
+        if need.layout != needs[0].layout or unlike:
             raise RecipeError(
                 f"detector '{detector}' reads '{need.key}' in layout '{need.layout}' with rows={rows} and "
                 f"'{needs[0].key}' in '{needs[0].layout}' with rows={finest}; they must agree, or the first have "
-                "a whole multiple of the other's rows"
+                "a whole multiple of the other's rows (or, where the other are frames, these of the first's)"
             )
 
 
-def level_factors(needs: Sequence[LevelSpec]) -> list[int]:
-    """How many rows of the first need one row of each need is."""
-    return [1 if needs[0].rows is None or need.rows is None else needs[0].rows // need.rows for need in needs]
+def level_factors(needs: Sequence[LevelSpec]) -> list[int | Fraction]:
+    """How many rows of the first need one row of each need is; a fraction of one where the need is denser."""
+    first = needs[0].rows
+    shares = [Fraction(1) if first is None or need.rows is None else Fraction(first, need.rows) for need in needs]
+    return [share.numerator if share.denominator == 1 else share for share in shares]
+
+
+def level_axis(axis: TimeAxis, factor: int | Fraction) -> TimeAxis:
+    """The axis of rows that are ``factor`` rows of ``axis`` each and begin where these begin."""
+    if isinstance(factor, int):
+        return axis.pooled(factor)
+    scale_s = axis.scale_s * float(factor)
+    return TimeAxis(scale_s, axis.to_seconds(0.5 * float(factor)), scale_s)
 
 
 def feature_of(store: Store, need: LevelSpec, video: str) -> Feature:
@@ -121,12 +138,16 @@ def read_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
     The rows of the first need decide. A stream on the same axis is taken as it is, and where the counts differ by one
     row the longer is cut; a stream on another axis is interpolated linearly onto the first one's row centres. Then
     every ``row_spacing`` neighbouring rows are averaged into one, the last group over what is there. A need with fewer
-    rows than the first one (see :func:`level_factors`) is laid on the axis of groups of the first one's rows instead.
+    rows than the first one (see :func:`level_factors`) is laid on the axis of groups of the first one's rows instead,
+    one with more rows (frames) on that of their parts. Maps keep the type that they are stored in; where uint8 ones
+    lie on another axis, the nearest is taken.
 
     Raises
     ------
-    StoreError : an entry is missing, unreadable, empty, not (rows, channels), holds NaN or infinity, or the streams do
-        not cover the same time, or a level has not the resolution that the needs say.
+    StoreError : an entry is missing, unreadable, empty, not (rows, channels) or maps of the shape that the need says,
+        holds NaN or infinity, or the streams do not cover the same time, or a level has not the resolution that the
+        needs say.
+    RecipeError : maps or frames with a ``row_spacing``.
     """
     sample = open_sample(store, needs, video, row_spacing=row_spacing)
     return replace(sample, features={key: rows[:] for key, rows in sample.features.items()})
@@ -137,26 +158,35 @@ def open_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
     features, factors = [feature_of(store, need, video) for need in needs], level_factors(needs)
     if not features:
         raise RecipeError("a detector must read at least one stream")
-    for feature in features:
-        _check_shape(feature)
+    for feature, need in zip(features, needs, strict=True):
+        _check_shape(feature, need)
+        if row_spacing > 1 and need.shape is not None:
+            raise RecipeError(
+                f"data.row_spacing={row_spacing} averages rows, maps and frames ('{need.key}') stay as they are"
+            )
     first, axes = features[0], list[TimeAxis | None]()
-    counts = {1: len(first)}  # factor -> rows of such levels
+    counts: dict[int | Fraction, int] = {1: len(first)}  # factor -> rows of such levels
     for feature, factor in zip(features, factors, strict=True):
-        axis, expected = first.axis.pooled(factor), counts.get(factor, -(-counts[1] // factor))
-        if factor > 1:
+        axis, expected = level_axis(first.axis, factor), counts.get(factor, -(-counts[1] // factor))
+        if factor != 1:
             _check_resolution(feature, first, factor)
-        if same_axis(axis, feature.axis, rows=expected):
+        same = same_axis(axis, feature.axis, rows=expected)
+        if not same:
+            _check_covers(feature, first, axis, expected, factor)
+        axes.append(None if same else axis)
+        if factor < 1:
+            # In rows of the first need: the last of these may be seen by some of its frames alone.
+            have = len(feature) if same else _rows_covered(feature, axis)
+            if same and abs(math.ceil(have * factor) - counts[1]) > 1:
+                raise _cut_short(feature, first)
+            counts[1] = min(counts[1], math.ceil(have * factor))
+            counts[factor] = min(expected, have)
+        elif same:
             if abs(len(feature) - expected) > 1:
-                raise StoreError(
-                    f"video '{feature.video}': stream '{first.stream}' has {len(first)} rows and '{feature.stream}' "
-                    f"{len(feature)} on the same time axis; one of them was cut short: extract it again"
-                )
+                raise _cut_short(feature, first)
             counts[factor] = min(len(feature), expected)
-            axes.append(None)
         else:
-            _check_covers(feature, first, axis, expected)
             counts[factor] = expected
-            axes.append(axis)
     counts = {factor: min(count, -(-counts[1] // factor)) for factor, count in counts.items()}
     rows = {
         need.key: StoredRows(feature, counts[factor], row_spacing, axis)
@@ -168,7 +198,7 @@ def open_sample(store: Store, needs: Sequence[LevelSpec], video: str, *, row_spa
         first.axis.pooled(row_spacing),
         float(feature_duration(first, counts[1])),
         interpolated=tuple(need.key for need, axis in zip(needs, axes, strict=True) if axis is not None),
-        factors=dict(zip(rows, factors, strict=True)) if max(factors) > 1 else {},
+        factors=dict(zip(rows, factors, strict=True)) if set(factors) != {1} else {},
     )
 
 
@@ -188,12 +218,25 @@ def same_axis(a: TimeAxis, b: TimeAxis, *, rows: int) -> bool:
 
 
 def interpolate_rows(rows: np.ndarray, axis: TimeAxis, at_s: np.ndarray) -> np.ndarray:
-    """Rows (T, C) on ``axis``, read at ``at_s`` (M,) seconds -> (M, C) float32; beyond an end: the row at that end."""
+    """Rows (T, C, ...) on ``axis``, read at ``at_s`` (M,) seconds -> (M, C, ...) float32; beyond an end: the row at
+    that end.
+    """
     position = np.clip(axis.row_at(at_s), 0, rows.shape[0] - 1)  # (M,)
     left = np.floor(position).astype(np.int64)
     right = np.minimum(left + 1, rows.shape[0] - 1)
-    weight = (position - left).astype(np.float32)[:, None]  # (M, 1)
-    return rows[left].astype(np.float32) * (1 - weight) + rows[right].astype(np.float32) * weight  # (M, C)
+    weight = (position - left).astype(np.float32).reshape(-1, *[1] * (rows.ndim - 1))  # (M, 1, ...)
+    return rows[left].astype(np.float32) * (1 - weight) + rows[right].astype(np.float32) * weight  # (M, C, ...)
+
+
+def resampled(rows: np.ndarray, axis: TimeAxis, at_s: np.ndarray) -> np.ndarray:
+    """:func:`interpolate_rows`, but maps (T, C, H, W) keep their type, and of uint8 ones the nearest is taken."""
+    if rows.ndim == 2:
+        return interpolate_rows(rows, axis, at_s)
+    if rows.dtype != np.uint8:
+        return interpolate_rows(rows, axis, at_s).astype(rows.dtype, copy=False)
+    # Halfway the later one, whatever the rounding, so that a window and the whole video have the same.
+    nearest = np.floor(axis.row_at(at_s) + 0.5 + SAME_AXIS)
+    return np.asarray(rows[np.clip(nearest, 0, len(rows) - 1).astype(np.int64)])
 
 
 def pool_rows(rows: np.ndarray, spacing: int) -> np.ndarray:
@@ -206,9 +249,15 @@ def pool_rows(rows: np.ndarray, spacing: int) -> np.ndarray:
     return sums / counts[:, None].astype(np.float32)
 
 
-def _check_shape(feature: Feature) -> None:
+def _check_shape(feature: Feature, need: LevelSpec) -> None:
     where = f"video '{feature.video}', stream '{feature.stream}', level '{feature.level}'"
-    if len(feature.shape) != 2:
+    if need.shape is not None:
+        if tuple(feature.shape[1:]) != need.shape:
+            raise StoreError(
+                f"{where}: the detector was made for maps or frames of (channels, height, width) {need.shape}, these "
+                f"have {tuple(feature.shape[1:])}; say so in the recipe's model, or extract it again"
+            )
+    elif len(feature.shape) != 2:
         raise StoreError(f"{where}: a detector reads (rows, channels), this has shape {tuple(feature.shape)}")
     if feature.shape[0] == 0:
         raise StoreError(f"{where}: has no rows; extract it again")
@@ -216,10 +265,12 @@ def _check_shape(feature: Feature) -> None:
 
 def _checked(feature: Feature, start: int, stop: int) -> np.ndarray:
     rows = feature[start:stop]
+    if rows.ndim > 2 and rows.dtype == np.uint8:
+        return rows  # frames: a quarter of the memory, no NaN
     if not np.issubdtype(rows.dtype, np.floating):
         rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
-        bad = int((~np.isfinite(rows).all(axis=1)).sum())
+        bad = int((~np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))).sum())
         raise StoreError(
             f"video '{feature.video}', stream '{feature.stream}', level '{feature.level}': {bad} of {rows.shape[0]} "
             "rows hold NaN or infinity; extract it again"
@@ -227,9 +278,27 @@ def _checked(feature: Feature, start: int, stop: int) -> np.ndarray:
     return rows
 
 
-def _check_resolution(feature: Feature, first: Feature, factor: int) -> None:
+def _cut_short(feature: Feature, first: Feature) -> StoreError:
+    return StoreError(
+        f"video '{feature.video}': stream '{first.stream}' has {len(first)} rows and '{feature.stream}' "
+        f"{len(feature)} on the same time axis; one of them was cut short: extract it again"
+    )
+
+
+def _rows_covered(feature: Feature, axis: TimeAxis) -> int:
+    """How many rows of ``axis`` begin before the feature's last row ends."""
+    return max(1, math.floor(axis.to_rows(feature.axis.to_seconds(float(len(feature)))) - SAME_AXIS) + 1)
+
+
+def _check_resolution(feature: Feature, first: Feature, factor: int | Fraction) -> None:
     found = feature.axis.scale_s / first.axis.scale_s
-    if abs(found / factor - 1) > 0.1:
+    if abs(found / float(factor) - 1) > 0.1 and factor < 1:
+        raise StoreError(
+            f"video '{feature.video}': stream '{feature.stream}' has {1 / found:.3g} rows in each row of "
+            f"'{first.stream}', level '{first.level}', but the detector reads {1 / factor} (such as its frame_factor): "
+            "change that, or extract one of them again"
+        )
+    if abs(found / float(factor) - 1) > 0.1:
         raise StoreError(
             f"video '{feature.video}': stream '{feature.stream}', level '{feature.level}' has a row every {found:.3g} "
             f"rows of '{first.stream}', level '{first.level}', but the detector reads it as every {factor}: name the "
@@ -237,11 +306,11 @@ def _check_resolution(feature: Feature, first: Feature, factor: int) -> None:
         )
 
 
-def _check_covers(feature: Feature, first: Feature, axis: TimeAxis, count: int) -> None:
+def _check_covers(feature: Feature, first: Feature, axis: TimeAxis, count: int, factor: int | Fraction) -> None:
     at_s = axis.center_s(0), axis.center_s(count - 1)
     # The ends of two extractions differ by their windows and strides; more than that means different videos or a cut
     # one.
-    allowed_s = 0.5 * feature.axis.window_s + feature.axis.scale_s
+    allowed_s = 0.5 * feature.axis.window_s + (feature.axis.scale_s if factor >= 1 else first.axis.scale_s)
     begin_s, end_s = feature.axis.center_s(0), feature.axis.center_s(len(feature) - 1)
     if begin_s - at_s[0] > allowed_s or at_s[-1] - end_s > allowed_s:
         raise StoreError(

@@ -54,7 +54,9 @@ def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: 
 def collate(samples: Sequence[Sample]) -> Batch | None:
     """Samples side by side, padded with zeros to the longest; nothing for an empty share of a batch.
 
-    Levels of coarser resolution are padded to what the longest sample has of them, and have masks of their own.
+    All is float32 but frames, which stay bytes: the detector makes numbers of them, a quarter of the memory goes to
+    its device. Levels of another resolution are padded to what the longest sample has of them, and have masks of
+    their own.
     """
     if not samples:
         return None
@@ -63,13 +65,15 @@ def collate(samples: Sequence[Sample]) -> Batch | None:
     features, masks = dict[str, Tensor](), dict[str, Tensor]()
     for key, array in samples[0].features.items():
         length = -(-longest // samples[0].factor(key))
-        features[key] = torch.zeros(len(samples), array.shape[1], length)  # (B, C, T)
+        kept = torch.uint8 if all(_is_frames(sample.features[key]) for sample in samples) else torch.float32
+        features[key] = torch.zeros(len(samples), array.shape[1], length, *array.shape[2:], dtype=kept)  # (B, C, T, ..)
         if samples[0].factors:
             masks[key] = torch.zeros(len(samples), length, dtype=torch.bool)
     for index, sample in enumerate(samples):
         mask[index, : sample.rows] = True
         for key, array in sample.features.items():
-            features[key][index, :, : len(array)] = torch.from_numpy(array.astype(np.float32, copy=False)).T
+            values = array if _is_frames(array) else array.astype(np.float32, copy=False)
+            features[key][index, :, : len(array)] = torch.from_numpy(values).transpose(0, 1)  # (C, T, ..)
             if masks:
                 masks[key][index, : len(array)] = True
     targets = [Targets(torch.from_numpy(s.segments.copy()), torch.from_numpy(s.labels.copy())) for s in samples]
@@ -79,6 +83,10 @@ def collate(samples: Sequence[Sample]) -> Batch | None:
     videos, axes = [sample.video for sample in samples], [sample.axis for sample in samples]
     durations_s = [sample.duration_s for sample in samples]
     return Batch(videos, features, mask, axes, durations_s, targets, proposals, masks)
+
+
+def _is_frames(array: np.ndarray) -> bool:
+    return array.ndim > 2 and array.dtype == np.uint8
 
 
 def with_proposals(sample: Sample, found: tuple[np.ndarray, np.ndarray]) -> Sample:

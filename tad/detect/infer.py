@@ -23,7 +23,7 @@ from tad.detect.raw import MapView, Raw, RawMaps, joined, load_raw, npz_path, sa
 from tad.detect.runs import Run
 from tad.detect.trained_on import check_features
 from tad.detect.video_scores import class_scores
-from tad.detect.windows import detection_views, of_whole_videos, read_whole
+from tad.detect.windows import detection_starts, of_whole_videos, read_for_views, view_at
 from tad.errors import RecipeError, StoreError, WeightsError
 from tad.progress import ProgressFactory, silent
 from tad.recipe import ClassesRecipe, DataRecipe, PostprocessRecipe
@@ -268,7 +268,7 @@ def readable(
     each of the others."""
     for video in videos:
         try:
-            sample = read_whole(store, needs, video, data)
+            sample = read_for_views(store, needs, video, data)
         except StoreError as error:
             lost(Failure(video, type(error).__name__, str(error)))
             continue
@@ -312,10 +312,14 @@ def decoded_videos(
 ) -> list[Segments]:
     """:func:`decoded` of whole videos, one :class:`Segments` each: seen in windows where the detector asks for it, as
     many at a time as there are videos, at least 8.
+
+    Raises :class:`WeightsError` as :func:`decoded` does, and :class:`StoreError` where windows that are read here turn
+    out to be damaged.
     """
-    seen = [view for sample in samples for view in detection_views(sample, detector.needs, data)]
+    needs = detector.needs
+    seen = [(sample, start) for sample in samples for start in detection_starts(sample, needs, data)]
     size = max(len(samples), 8) if len(seen) > len(samples) else len(samples)
-    groups = (seen[i : i + size] for i in range(0, len(seen), size))
+    groups = ([view_at(*place, needs, data) for place in seen[i : i + size]] for i in range(0, len(seen), size))
     maps: list[MapView] | None = None if views is None else []
     found = of_whole_videos(f for group in groups for f in decoded(detector, group, device=device, views=maps))
     if views is not None and maps is not None:
@@ -332,10 +336,12 @@ def decoded_or_lost(
     lost: Callable[[Failure], None],
     views: list[MapView] | None = None,
 ) -> list[Segments]:
-    """:func:`decoded_videos`, but a video on which the network's output is not finite is lost alone."""
+    """:func:`decoded_videos`, but a video on which the network's output is not finite, or that cannot be read to its
+    end, is lost alone.
+    """
     try:
         return decoded_videos(detector, samples, data, device=device, views=views)
-    except WeightsError as error:
+    except (StoreError, WeightsError) as error:
         if len(samples) == 1:
             lost(Failure(samples[0].video, type(error).__name__, str(error)))
             return []

@@ -18,13 +18,16 @@ class LevelSpec:
     """One input of a detector: a level of a stream, and how a video's rows are handed over.
 
     ``layout``: ``full`` is the whole video at its own spacing, ``windowed`` overlapping windows of ``rows`` rows,
-    ``rescaled`` the whole video squeezed into ``rows`` rows. All inputs of a detector have the same.
+    ``rescaled`` the whole video squeezed into ``rows`` rows. All inputs of a detector have the same. ``shape``: what a
+    row must be, where it is a map or frame (C, H, W); None: a row of channels. Inputs of the same name are the same
+    input, so that it is not compared.
     """
 
     stream: str
     level: str = "features"
     layout: Literal["full", "windowed", "rescaled"] = "full"
     rows: int | None = None
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def key(self) -> str:
@@ -62,7 +65,7 @@ class Batch:
     """Samples side by side, padded to the longest; everything that a detector may look at."""
 
     videos: list[str]
-    features: dict[str, Tensor]  # LevelSpec.key -> (B, C, T)
+    features: dict[str, Tensor]  # LevelSpec.key -> (B, C, T), of maps (B, C, T, H, W), frames as uint8
     mask: Tensor  # (B, T) bool, True where a row is real
     axes: list[TimeAxis]  # of each sample, row 0 being the sample's first row
     durations_s: list[float]

@@ -15,7 +15,15 @@ from tad.annotations import training_subset as usual_subset
 from tad.detect.align import Sample, feature_of
 from tad.detect.data import CACHE_BYTES, RowTruth, row_truth
 from tad.detect.interface import LevelSpec
-from tad.detect.windows import detection_stride_fits, never_inside, read_whole, training_starts
+from tad.detect.windows import (
+    cuts_maps,
+    detection_stride_fits,
+    never_inside,
+    open_whole,
+    read_through,
+    read_whole,
+    training_starts,
+)
 from tad.errors import RecipeError, StoreError, did_you_mean
 from tad.progress import ProgressFactory
 from tad.recipe import DataRecipe, DetectRecipe
@@ -49,6 +57,7 @@ class Plan:
     channels: dict[str, int]  # stream -> C
     failures: list[Failure]
     messages: list[str]
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # stream -> level -> of a row
 
     def lengths_rows(self, store: Store, streams: Sequence[str], row_spacing: int) -> np.ndarray:
         """Lengths of all training segments in rows of the first stream, without reading any feature."""
@@ -150,6 +159,7 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
         short = int((~long_enough).sum())
         messages.append(f"{short} training segments do not last data.longer_than_s and are left out")
         learnt = learnt[long_enough]
+    stored = _first_stored(store, recipe.streams, present)
     return Plan(
         classes=classes,
         train=train,
@@ -157,9 +167,10 @@ def plan_training(recipe: DetectRecipe, store: Store, truth: Truth) -> Plan:
         segments=_by_video(learnt, train, classes),
         holdout_truth=holdout_truth,
         durations_s=dict(zip(truth.videos["video"].astype(str), truth.videos["duration_s"].astype(float), strict=True)),
-        channels=_channels(store, recipe.streams, present),
+        channels={feature.stream: int(feature.shape[1]) for feature in stored},
         failures=failures,
         messages=messages,
+        shapes={f.stream: {level["path"]: tuple(level["shape"][1:]) for level in f.attrs["levels"]} for f in stored},
     )
 
 
@@ -226,6 +237,7 @@ def read_training(
     """
     detection_stride_fits(needs, recipe.data)
     cached = _bytes(plan, store, needs, recipe.data) <= CACHE_BYTES
+    piecewise = not cached and cuts_maps(needs)  # a video of these may not fit into memory
     train: dict[str, RowTruth] = {}
     starts: dict[str, list[int | None]] = {}
     holdout: list[str] = []
@@ -239,8 +251,10 @@ def read_training(
         for video in [*plan.train, *plan.holdout]:
             bar.advance(1)
             try:
-                sample = read_whole(store, needs, video, recipe.data)
+                sample = (open_whole if piecewise else read_whole)(store, needs, video, recipe.data)
                 _check_widths(sample, widths)
+                if piecewise:
+                    read_through(sample)
             except StoreError as error:
                 failures.append(Failure(video, type(error).__name__, str(error)))
                 continue
@@ -250,7 +264,9 @@ def read_training(
             other_length += _lengths_differ(sample.duration_s, plan.durations_s.get(video, float("nan")))
             if video in trained:
                 truth = train[video] = row_truth(*plan.segments[video], sample.axis, sample.rows)
-                filled = replace(sample, segments=truth.segments, labels=truth.labels)
+                # windows are looked at for their truth alone: cutting them must read nothing
+                lengths = {key: np.empty((rows.shape[0], 0), np.float32) for key, rows in sample.features.items()}
+                filled = replace(sample, features=lengths, segments=truth.segments, labels=truth.labels)
                 starts[video] = training_starts(filled, needs, recipe.data)
                 if needs[0].layout == "windowed":
                     in_no_window += never_inside(filled, starts[video], needs, recipe.data)
@@ -331,12 +347,13 @@ def _by_video(
 
 def _bytes(plan: Plan, store: Store, needs: Sequence[LevelSpec], data: DataRecipe) -> int:
     """What all videos take in memory once they are read: stored rows as they are, computed ones as float32."""
-    features = (feature for video in [*plan.train, *plan.holdout] for feature in _stored(store, needs, video))
-    rows = needs[0].rows if needs[0].layout == "rescaled" else None
     total = 0
-    for feature in features:
-        values = int(np.prod(feature.shape[1:])) * (rows or -(-feature.shape[0] // data.row_spacing))
-        total += values * (feature.dtype.itemsize if rows is None and data.row_spacing == 1 else 4)
+    for video in [*plan.train, *plan.holdout]:
+        for need, feature in zip(needs, _stored(store, needs, video), strict=False):  # none of a broken one
+            rows = need.rows if need.layout == "rescaled" else None
+            values = int(np.prod(feature.shape[1:])) * (rows or -(-feature.shape[0] // data.row_spacing))
+            as_stored = need.shape is not None or (rows is None and data.row_spacing == 1)
+            total += values * (feature.dtype.itemsize if as_stored else 4)
     return total
 
 
@@ -348,11 +365,12 @@ def _stored(store: Store, needs: Sequence[LevelSpec], video: str) -> list[Featur
         return []
 
 
-def _channels(store: Store, streams: Sequence[str], videos: Sequence[str]) -> dict[str, int]:
+def _first_stored(store: Store, streams: Sequence[str], videos: Sequence[str]) -> list[Feature]:
+    """What the first video whose metadata can be read has of each stream."""
     for video in videos:
         found = _stored(store, [LevelSpec(stream) for stream in streams], video)
         if found:
-            return {feature.stream: int(feature.shape[1]) for feature in found}
+            return found
     raise StoreError(
         f"store {store.path}: the metadata of all {len(videos)} training videos is broken; run 'tad store verify'"
     )

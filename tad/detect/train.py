@@ -44,7 +44,7 @@ from tad.detect.runs import (
 )
 from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
-from tad.detect.windows import read_whole
+from tad.detect.windows import read_for_views
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
@@ -209,12 +209,17 @@ def _train(
 
 
 def resolved(recipe: DetectRecipe, plan: Plan, store: Store) -> DetectRecipe:
-    """The recipe with what its detector leaves to the data filled in, such as anchor scales (``Detector.resolve``)."""
-    fill = getattr(DETECTORS.get(recipe.detector), "resolve", None)
-    if fill is None:
-        return recipe
-    lengths = plan.lengths_rows(store, recipe.streams, recipe.data.row_spacing)
-    return recipe.model_copy(update={"model": fill(recipe.model, lengths)})
+    """The recipe with what its detector leaves to the data filled in, such as anchor scales (``Detector.resolve``) and
+    shapes of maps (``Detector.resolve_shapes``).
+    """
+    detector, model = DETECTORS.get(recipe.detector), recipe.model
+    shaped = getattr(detector, "resolve_shapes", None)
+    if shaped is not None:
+        model = shaped(model, plan.shapes)
+    fill = getattr(detector, "resolve", None)
+    if fill is not None:
+        model = fill(model, plan.lengths_rows(store, recipe.streams, recipe.data.row_spacing))
+    return recipe if model is recipe.model else recipe.model_copy(update={"model": model})
 
 
 def _epochs(
@@ -287,7 +292,7 @@ def _evaluate(
     mine, size = data.holdout[processes.rank :: processes.size], recipe.train.batch_videos
     found: list[Segments] = []
     for group in (mine[i : i + size] for i in range(0, len(mine), size)):
-        samples = [data.cache.get(v) or read_whole(store, needs, v, recipe.data) for v in group]
+        samples = [data.cache.get(v) or read_for_views(store, needs, v, recipe.data) for v in group]
         if prepared.proposals is not None:
             samples = [with_proposals(s, prepared.proposals.get(s.video, NOTHING)) for s in samples]
         found += decoded_videos(module, samples, recipe.data, device=processes.device)

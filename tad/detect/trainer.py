@@ -82,11 +82,17 @@ class Trainer:
         return sums
 
     def _thinned(self, batch: Batch) -> Batch:
-        """The batch with a random part of its feature values zero and the rest larger (``train.feature_dropout``)."""
+        """The batch with a random part of its feature values zero and the rest larger (``train.feature_dropout``).
+
+        Frames, which are bytes, are none and stay as they are.
+        """
         part = self.recipe.feature_dropout
         if part == 0:
             return batch
-        features = {key: F.dropout(value.float(), part) for key, value in batch.features.items()}
+        features = {
+            key: F.dropout(value.float(), part) if value.is_floating_point() else value
+            for key, value in batch.features.items()
+        }
         return replace(batch, features=features)
 
     def _diverged(self, what: str, videos: list[str]) -> TadError:

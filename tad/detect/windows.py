@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import torch
 
-from tad.detect.align import Sample, interpolate_rows, level_factors, open_sample, read_sample
+from tad.detect.align import Sample, level_axis, level_factors, open_sample, read_sample, resampled
 from tad.detect.interface import LevelSpec, Segments
 from tad.errors import RecipeError
 from tad.recipe import DataRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
+
+PIECE_VALUES = 2**24  # read at a time where a video is only checked
 
 
 def read_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataRecipe) -> Sample:
@@ -38,22 +41,45 @@ def open_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataR
     return open_sample(store, needs, video, row_spacing=data.row_spacing)
 
 
+def read_for_views(store: Store, needs: Sequence[LevelSpec], video: str, data: DataRecipe) -> Sample:
+    """A video to cut views from one after the other: :func:`read_whole`, but windows of maps or frames, which may not
+    fit into memory, are read when they are cut.
+    """
+    return (open_whole if cuts_maps(needs) else read_whole)(store, needs, video, data)
+
+
+def cuts_maps(needs: Sequence[LevelSpec]) -> bool:
+    """Whether windows of maps or frames are read."""
+    return needs[0].layout == "windowed" and any(need.shape is not None for need in needs)
+
+
+def read_through(sample: Sample) -> None:
+    """Read every row of an opened sample once and keep none. Raises :class:`StoreError` as :func:`read_sample` does."""
+    for rows in sample.features.values():
+        step = max(1, PIECE_VALUES // max(1, math.prod(rows.shape[1:])))
+        for start in range(0, rows.shape[0], step):
+            rows[start : start + step]
+
+
 def rescaled(sample: Sample, rows: int, *, average: bool = False) -> Sample:
     """The whole video in ``rows`` rows of equal length, without truth: row i covers ``[i, i + 1) * duration / rows``.
 
     A new row is the linear interpolation of the old ones at its centre (as ``F.interpolate(mode="linear")``), or, with
     ``average``, the mean of that at ``ceil(old / new rows)`` evenly spaced places (as an aligned RoI pooling, ETAD).
-    A level of which one row is ``factor`` of the first need's gets ``rows / factor``.
+    A level of which one row is ``factor`` of the first need's gets ``rows / factor``. Of uint8 frames, the one nearest
+    to the centre is taken.
     """
 
-    def level(array: np.ndarray, factor: int) -> np.ndarray:
+    def level(array: np.ndarray, factor: int | Fraction) -> np.ndarray:
         count = rows // factor
         axis = TimeAxis.rescaled(rows=count, duration_s=sample.duration_s)
-        places = max(1, -(-array.shape[0] // count)) if average else 1
+        places = max(1, -(-array.shape[0] // count)) if average and array.dtype != np.uint8 else 1
         offsets = (np.arange(places) + 0.5) / places - 0.5  # (p,) in new rows, round the centre
         at_s = axis.center_s(np.arange(count)[:, None] + offsets)  # (rows, p)
-        found = interpolate_rows(array, sample.axis.pooled(factor), at_s.reshape(-1))
-        return found.reshape(count, places, -1).mean(axis=1)
+        found = resampled(array, level_axis(sample.axis, factor), at_s.reshape(-1))
+        if array.ndim > 2 and places == 1:
+            return found
+        return found.reshape(count, places, *array.shape[1:]).mean(axis=1)
 
     features = {key: level(array, sample.factor(key)) for key, array in sample.features.items()}
     axis = TimeAxis.rescaled(rows=rows, duration_s=sample.duration_s)
@@ -122,15 +148,32 @@ def detection_stride_fits(needs: Sequence[LevelSpec], data: DataRecipe) -> None:
             window_starts(1, window=window, stride=stride or 1)
 
 
-def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[Sample]:
-    """What the network sees of a video in detection: every row is in a view."""
+def detection_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[int | None]:
+    """Where the windows begin that the network sees in detection, every row in one; ``[None]``: it is seen whole."""
     if needs[0].layout != "windowed":
-        return [sample]
+        return [None]
     window = needs[0].rows
     assert window is not None
-    stride, step = data.detect_stride or max(1, window // 2), math.lcm(*level_factors(needs))
-    starts = window_starts(sample.rows, window=window, stride=stride, step=step)
-    return [crop(sample, start, window, min_inside=data.min_inside) for start in starts]
+    stride = data.detect_stride or max(1, window // 2)
+    return list(window_starts(sample.rows, window=window, stride=stride, step=_step(needs)))
+
+
+def view_at(sample: Sample, start: int | None, needs: Sequence[LevelSpec], data: DataRecipe) -> Sample:
+    """The view of a video that begins at a row of :func:`detection_starts`."""
+    window = needs[0].rows
+    if start is None or window is None:
+        return sample
+    return crop(sample, start, window, min_inside=data.min_inside)
+
+
+def detection_views(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe) -> list[Sample]:
+    """What the network sees of a video in detection: every row is in a view."""
+    return [view_at(sample, start, needs, data) for start in detection_starts(sample, needs, data)]
+
+
+def _step(needs: Sequence[LevelSpec]) -> int:
+    """The rows of the first need that are whole rows of every other."""
+    return math.lcm(*(factor.numerator for factor in level_factors(needs)))
 
 
 def never_inside(sample: Sample, starts: Sequence[int | None], needs: Sequence[LevelSpec], data: DataRecipe) -> int:
@@ -155,8 +198,8 @@ def training_starts(sample: Sample, needs: Sequence[LevelSpec], data: DataRecipe
         return [None]
     window = needs[0].rows
     assert window is not None
-    stride, step = data.train_stride or max(1, window // 2), math.lcm(*level_factors(needs))
-    starts = window_starts(sample.rows, window=window, stride=stride, step=step)
+    stride = data.train_stride or max(1, window // 2)
+    starts = window_starts(sample.rows, window=window, stride=stride, step=_step(needs))
     if data.empty_windows:
         return list(starts)
     return [start for start in starts if len(crop(sample, start, window, min_inside=data.min_inside).labels)]

@@ -22,8 +22,8 @@ from tad.detect.interface import LevelSpec
 from tad.detect.windows import (
     crop,
     detection_views,
-    of_whole_videos,
     never_inside,
+    of_whole_videos,
     rescaled,
     training_starts,
     window_starts,

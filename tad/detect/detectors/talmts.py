@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from tad.detect.detectors.common import check_choice, check_numbers, extents, segments_in_seconds, truths_within
 from tad.detect.detectors.talmts_frames import FrameSelfAttention, SpatialTemporalTransformer
-from tad.detect.detectors.talmts_inputs import Bounds, frame_shape, level_bounds, level_shapes, mask_of, streams_read
+from tad.detect.detectors.talmts_inputs import (
+    Bounds,
+    frame_shape,
+    level_bounds,
+    level_shapes,
+    mask_of,
+    stored_shapes,
+    streams_read,
+)
 from tad.detect.detectors.talmts_layers import Interpolation, Levels
 from tad.detect.detectors.talmts_losses import (
     QualityOver,
@@ -65,6 +73,7 @@ class TALMTS(Detector):
     levels : the stored levels, fine to coarse, each with half the resolution of the one before.
     level_channels : level → channels of its rows, or (channels, height, width) of its maps (I3D's Mixed_4f and
         Mixed_5c: ``{s4-map: [832, 6, 6], s8-map: [1024, 3, 3]}``); None: they are rows, as wide as ``channels`` says.
+        :meth:`resolve_shapes` fills in what the store has, as it does for ``frame_size``.
     pyramid_levels : of the pyramid; those beyond the stored ones follow by convolutions of stride 2.
     rows : of the finest level in a clip. :meth:`resolve` replaces ``auto`` by a number that fits the training actions.
     layout : ``windowed``: overlapping clips of a video; ``rescaled``: the whole video squeezed into one clip.
@@ -189,7 +198,8 @@ class TALMTS(Detector):
                 "features that is read; or set stt: false and fsa: false"
             )
         size, bound = frame_shape(frame_size), level_bounds(bounds, pyramid_levels, rows)
-        names = list(level_shapes(levels, level_channels, 1))
+        shapes = level_shapes(levels, level_channels, 1)
+        names, maps = list(shapes), {name: shape if len(shape) > 1 else None for name, shape in shapes.items()}
         coarsest = 2 ** (len(names) - 1)
         if pyramid_levels < len(names):
             raise RecipeError(f"pyramid_levels={pyramid_levels} is less than the {len(names)} levels that are read")
@@ -198,8 +208,13 @@ class TALMTS(Detector):
                 f"rows={rows} must be at least {2 ** (pyramid_levels - 1)}, so that each of {pyramid_levels} levels "
                 f"has one, and a multiple of {coarsest} for {len(names)} stored levels"
             )
-        needs = [LevelSpec(stream, name, layout, rows >> k) for k, name in enumerate(names) for stream in streams]
-        needs += [LevelSpec(name, "features", layout, rows * frame_factor) for name in dict.fromkeys(read)]
+        needs = [
+            LevelSpec(stream, name, layout, rows >> k, maps[name]) for k, name in enumerate(names) for stream in streams
+        ]
+        needs += [
+            LevelSpec(name, "features", layout, rows * frame_factor, (channels[name], *size))
+            for name in dict.fromkeys(read)
+        ]
         self.needs = tuple(needs)
         self.keys = [[LevelSpec(stream, name).key for name in names] for stream in streams]
         self.frame_keys: list[str | None] = [*read] or [None] * len(streams)
@@ -256,6 +271,15 @@ class TALMTS(Detector):
         longest = float(np.quantile(lengths_rows, 0.98)) if len(lengths_rows) else 0.0
         power = 2 ** math.ceil(math.log2(max(longest, 1.0)))
         return {**model, "rows": int(min(max(power, AUTO_ROWS[0]), AUTO_ROWS[1]))}
+
+    @classmethod
+    def resolve_shapes(
+        cls, model: dict[str, Any], stored: Mapping[str, Mapping[str, tuple[int, ...]]]
+    ) -> dict[str, Any]:
+        """``model`` with ``level_channels`` and ``frame_size`` as ``stored`` (stream → level → shape of a row) has
+        them, where they are not given and all streams agree; what is wrong is left for the constructor to refuse.
+        """
+        return model | {key: value for key, value in stored_shapes(model, stored).items() if model.get(key) is None}
 
     # ---- forward -------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch) -> TALMTSOutputs:

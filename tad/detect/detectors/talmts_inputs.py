@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,31 @@ def level_shapes(
             )
         shapes[level] = tuple(shape)
     return shapes
+
+
+def stored_shapes(
+    model: Mapping[str, Any], stored: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, list[int] | dict[str, int | list[int]]]:
+    """``frame_size`` and ``level_channels`` of a recipe's ``model``, from ``stored``: stream → level → shape of a row.
+
+    What streams do not agree on, or no stream has, is left out; so are the channels of rows that are just ``features``.
+    """
+    frames, levels = model.get("frames"), model.get("levels", ["features"])
+    pictures = list(frames.values()) if isinstance(frames, Mapping) else [frames]
+    found: dict[str, list[int] | dict[str, int | list[int]]] = {}
+    sizes = {shape[1:] for name, own in stored.items() if name in pictures for shape in own.values() if len(shape) == 3}
+    if len(sizes) == 1:
+        found["frame_size"] = list(sizes.pop())
+    features = [own for name, own in stored.items() if name not in pictures]
+    names = [name for name in levels if isinstance(name, str)] if isinstance(levels, list | tuple) else []
+    shapes = {tuple(own.get(name, ()) for name in names) for own in features if names}
+    for shape in shapes:
+        maps = any(len(row) > 1 for row in shape)
+        if len(shapes) == 1 and all(shape) and (maps or names != ["features"]):
+            found["level_channels"] = {
+                n: row[0] if len(row) == 1 else [*row] for n, row in zip(names, shape, strict=True)
+            }
+    return found
 
 
 def frame_shape(size: Sequence[int]) -> tuple[int, int]:
