@@ -3,10 +3,11 @@
     python -m benchmarks.trainings systems --store S --annotations A --out FOLDER [--seeds 0 1] [--jobs 1]
 
 Sets: ``systems`` (BMN with 0, 1, 2 LGTEs for half as long, BMN, ETAD), ``refined`` (TCANet with both decodings, on the
-BMN of ``systems``), ``ratios`` (proposal sampling of ETAD at 3 to 100 %), ``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of
-the trained ETAD). Prints a table: average mAP with the run's own classes, with each video's true majority class, and
-as one class; with the ranking, and with the boundaries of the truth; AR@1/5/10/100 and AUC; seconds of training and of
-an epoch; peak memory of the process; milliseconds a video of detection. What is in FOLDER already is not done again.
+BMN of ``systems``), ``ratios`` (proposal sampling of ETAD at 3 to 100 %), ``samplers``, ``stages``, ``enhancement``,
+``detect-ratios`` (of the trained ETAD). Prints a table: average mAP with the run's own classes, with each video's true
+majority class, and as one class; with the ranking, and with the boundaries of the truth; AR@1/5/10/100 and AUC; seconds
+of training and of an epoch; peak memory of the process; milliseconds a video of detection. What is in FOLDER already is
+not done again.
 """
 
 from __future__ import annotations
