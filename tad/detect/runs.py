@@ -41,7 +41,7 @@ from torch import Tensor
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
 from tad.detect.trained_on import read_features
-from tad.errors import RecipeError, WeightsError, did_you_mean
+from tad.errors import RecipeError, WeightsError
 from tad.recipe import DetectRecipe, dump_yaml, load_mapping, validated
 from tad.training.files import (
     FolderState,
@@ -134,9 +134,6 @@ class Run:
         except UnicodeDecodeError as error:
             raise RecipeError(f"run {path}: recipe.yaml is not UTF-8 text: {error}") from error
         recipe = validated(DetectRecipe, given, where=str(path / "recipe.yaml"))
-        if recipe.detector not in DETECTORS:
-            hint = did_you_mean(recipe.detector, DETECTORS)
-            raise RecipeError(f"run {path}: its recipe names an unknown detector '{recipe.detector}'.{hint}")
         classes = read_json(path / "classes.json", of="detector's run")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise RecipeError(f"run {path}: classes.json must hold a list of names")
@@ -154,7 +151,8 @@ class Run:
     @property
     def class_agnostic(self) -> bool:
         """Whether it finds proposals, whose classes come from scores of whole videos."""
-        return DETECTORS[self.recipe.detector].class_agnostic
+        detector = DETECTORS.get(self.recipe.detector)
+        return detector is not None and detector.class_agnostic
 
     @property
     def classifier_path(self) -> Path:
@@ -167,7 +165,8 @@ class Run:
     @property
     def proposals(self) -> Run | None:
         """The run inside this one whose proposals it refines; None where it finds its own."""
-        return Run.load(self.path / PROPOSALS) if DETECTORS[self.recipe.detector].reads_proposals else None
+        detector = DETECTORS.get(self.recipe.detector)
+        return Run.load(self.path / PROPOSALS) if detector is not None and detector.reads_proposals else None
 
     @property
     def parts(self) -> list[Run]:

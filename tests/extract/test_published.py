@@ -232,7 +232,7 @@ def test_names_go_to_their_backbones(tiny: Path) -> None:
     assert [r.weights for r in found] == ["some.pt", "tinyflow_noise"]
     found = recipes_of(["tiny"], [f"tiny_noise={tiny}"], {})
     assert found[0].weights == f"tiny_noise={tiny}"
-    with pytest.raises(RecipeError, match="1 --weights for 0 backbones"):
+    with pytest.raises(RecipeError, match="1 --weights for 0 networks"):
         recipes_of(["tiny"], ["tiny_noise", "tiny_noise"], {})
     with pytest.raises(WeightsError, match="are of tiny-flow"):
         resolve(recipes_of(["tiny"], ["tinyflow_noise"], {})[0])
@@ -268,6 +268,7 @@ def test_features_by_name_are_made_again_by_name(tiny: Path, tmp_path: Path) -> 
 
     def again(stream: str = "named", **places: str) -> dict[str, Any]:
         run = SimpleNamespace(path=tmp_path / "run", features={stream: {**attrs[stream], **features}})
+        run.parts = [run]
         recipe = feature_recipes(run, weights=places)[stream]  # type: ignore[arg-type]
         return json.loads(json.dumps(resolve(recipe, name=stream).spec))
 
