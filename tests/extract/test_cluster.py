@@ -239,6 +239,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(
     assert (again.written, again.already, len(again.failures)) == (0, 10, 1)
 
 
+@pytest.mark.slow  # a race with real workers, which a busy machine decides otherwise
 def test_a_video_that_kills_workers_fails_alone(tmp_path: Path, folder: Path, scheduler: str) -> None:
     from distributed import WorkerPlugin
 
@@ -276,6 +277,7 @@ def test_a_video_that_kills_workers_fails_alone(tmp_path: Path, folder: Path, sc
         assert store.verify(deep=True).ok
 
 
+@pytest.mark.slow  # a race with real workers, which a busy machine decides otherwise
 def test_an_interrupted_run_frees_its_workers_and_goes_on(tmp_path: Path, folder: Path, scheduler: str) -> None:
     def interrupt(video: str) -> None:
         raise KeyboardInterrupt
