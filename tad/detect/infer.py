@@ -226,17 +226,22 @@ def detections(
 
     Class-agnostic segments without any class scores stay proposals: the table has no labels then.
     """
-    own = raw.recipe
-    if (postprocess is None or (raw.class_agnostic and classes is None)) and own is None:
+    if raw.recipe is not None:
+        postprocess, classes = postprocess or raw.recipe.postprocess, classes or raw.recipe.classes
+    if postprocess is None or (raw.class_agnostic and classes is None):
         raise RecipeError("these raw detections do not say how to suppress them: give postprocess (and classes)")
-    kept = suppress_all(raw.segments, postprocess or own.postprocess)  # type: ignore[union-attr]
+    kept = suppress_all(raw.segments, postprocess)
     if not raw.class_agnostic:
         return table_of(kept, raw.classes), []
-    if raw.class_scores is None:
+    if raw.class_scores is None or classes is None:
         return table_of(kept, None), []
-    how = classes or own.classes  # type: ignore[union-attr]
     labelled, unscored = fused(
-        kept, raw.class_scores, classes=raw.classes, top=how.top, combine=how.combine, max_segments=how.max_segments
+        kept,
+        raw.class_scores,
+        classes=raw.classes,
+        top=classes.top,
+        combine=classes.combine,
+        max_segments=classes.max_segments,
     )
     return table_of(labelled, raw.classes), unscored
 
