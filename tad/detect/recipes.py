@@ -11,6 +11,15 @@ from tad.detect.runs import Run
 from tad.errors import RecipeError, did_you_mean
 from tad.recipe import ClassesRecipe, DetectRecipe, PostprocessRecipe, apply_sets, load_mapping, validated
 
+TRAIN: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "warmup_epochs": 0.5,
+    "clip_norm": 1.0,
+    "ema": 0.99,
+}
 # What a detector is trained with when it is named without a recipe file: for data of which nothing is known.
 DEFAULTS: dict[str, Mapping[str, Any]] = {
     "talnet": {
@@ -18,13 +27,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 30,
             "batch_videos": 4,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {"method": "soft_nms", "sigma": 0.5},
     },
@@ -39,13 +42,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 40,
             "batch_videos": 8,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {"method": "soft_nms", "sigma": 0.5, "min_score": 1e-4},
     },
@@ -54,13 +51,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 30,
             "batch_videos": 8,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {"method": "soft_nms", "sigma": 0.5, "min_score": 1e-4},
     },
@@ -69,13 +60,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 30,
             "batch_videos": 8,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {"method": "soft_nms", "sigma": 0.5, "min_score": 1e-4},
     },
@@ -84,13 +69,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 15,
             "batch_videos": 8,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {
             "method": "soft_nms",
@@ -125,13 +104,7 @@ DEFAULTS: dict[str, Mapping[str, Any]] = {
         "train": {
             "epochs": 15,
             "batch_videos": 8,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "schedule": "cosine",
-            "warmup_epochs": 0.5,
-            "clip_norm": 1.0,
-            "ema": 0.99,
+            **TRAIN,
         },
         "postprocess": {"method": "soft_nms", "sigma": 0.35, "min_score": 1e-4},
     },

@@ -24,11 +24,11 @@ from tad.detect.detectors.bmn_layers import (
     boundary_targets,
     tiou_targets,
 )
-from tad.detect.detectors.common import check_choice, check_numbers, truths_within
+from tad.detect.detectors.common import check_choice, check_finite, check_numbers, truths_within
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.lgte import LGTE
 from tad.detect.segments import clip_segments
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 from tad.timeline import TimeAxis
 
 Layout = Literal["rescaled", "windowed"]
@@ -279,11 +279,7 @@ class BMN(Detector):
 
         ``extra`` has the four estimates of each. Raises :class:`WeightsError` where one of the maps is not finite.
         """
-        if not all(value.isfinite().all() for value in maps.values()):
-            raise WeightsError(
-                f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-            )
+        check_finite(video, *maps.values())
         rows = maps["start"].shape[0]
         grid = proposal_grid(rows, maps["iou_class"].shape[0]).to(maps["start"].device).double()  # (N, 2)
         first, last = grid[:, 0].long(), grid[:, 1].long() - 1  # rows of each proposal

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tad.detect.interface import Batch, Segments, Targets
 from tad.detect.segments import clip_segments
-from tad.errors import RecipeError, did_you_mean
+from tad.errors import RecipeError, WeightsError, did_you_mean
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -25,6 +25,15 @@ def check_numbers(low: float, high: float, **values: float) -> None:
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not right_type or not low <= value <= high:
             raise RecipeError(f"{name} must be a {'whole ' if whole else ''}number from {low} to {high}, got {value!r}")
+
+
+def check_finite(video: str, *outputs: Tensor) -> None:
+    """Raise :class:`WeightsError` where an output of the network for ``video`` holds NaN or infinity."""
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise WeightsError(
+            f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
+            "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
+        )
 
 
 def truths_within(target: Targets, extent: Tensor) -> tuple[Tensor, Tensor]:

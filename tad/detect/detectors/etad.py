@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tad.detect.detectors import etad_losses as losses
-from tad.detect.detectors.common import check_choice, check_numbers, extents, segments_in_seconds, truths_within
+from tad.detect.detectors.common import (
+    check_choice,
+    check_finite,
+    check_numbers,
+    extents,
+    segments_in_seconds,
+    truths_within,
+)
 from tad.detect.detectors.etad_layers import (
     ATTENTION_HEADS,
     BoundaryEvaluation,
@@ -29,7 +36,7 @@ from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.pooling import soi_mean_pool
 from tad.detect.samplers import SAMPLERS, sample, sample_count
 from tad.detect.segments import paired_tiou, segment_tiou
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 
 Score = Literal["paper", "code"]
 ROI_POINTS = {"paper": 32, "code": 24}
@@ -303,12 +310,7 @@ class ETAD(Detector):
         found = []
         for i, video in enumerate(batch.videos):
             own = outputs.sample == i
-            finite = boundary[i][:, outputs.mask[i]].isfinite().all(), scores[own].isfinite().all()
-            if not all(finite) or not segments[own].isfinite().all():
-                raise WeightsError(
-                    f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-                )
+            check_finite(video, boundary[i][:, outputs.mask[i]], scores[own], segments[own])
             flat = segments[own], labels[own], scores[own]
             found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
         return found

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tad.detect.detectors.common import check_choice, check_numbers, extents, segments_in_seconds, truths_within
+from tad.detect.detectors.common import (
+    check_choice,
+    check_finite,
+    check_numbers,
+    extents,
+    segments_in_seconds,
+    truths_within,
+)
 from tad.detect.detectors.sptad_layers import DetectionHead, Further, PyramidTable, TemporalPyramid
 from tad.detect.detectors.sptad_losses import set_loss
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.segments import from_center_length
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 
 Pyramid = Literal["inter", "high", "single"]
 Layout = Literal["windowed", "rescaled"]
@@ -277,11 +284,7 @@ class SPTAD(Detector):
         segments = segments[:, :, None].expand(*scores.shape, 2)  # (B, N, K, 2)
         found = []
         for i, video in enumerate(batch.videos):
-            if not (scores[i].isfinite().all() and segments[i].isfinite().all()):
-                raise WeightsError(
-                    f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-                )
+            check_finite(video, scores[i], segments[i])
             flat = segments[i].flatten(0, 1), labels.flatten(), scores[i].flatten()
             found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
         return found

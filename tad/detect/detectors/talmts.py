@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tad.detect.detectors.common import check_choice, check_numbers, extents, segments_in_seconds, truths_within
+from tad.detect.detectors.common import (
+    check_choice,
+    check_finite,
+    check_numbers,
+    extents,
+    segments_in_seconds,
+    truths_within,
+)
 from tad.detect.detectors.talmts_frames import FrameSelfAttention, SpatialTemporalTransformer
 from tad.detect.detectors.talmts_inputs import (
     Bounds,
@@ -39,7 +46,7 @@ from tad.detect.detectors.talmts_losses import (
 )
 from tad.detect.detectors.talmts_network import Coarse, Refined, StreamNetwork, coarse_segments
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 
 Fusion = Literal["rgb", "flow", "late"]
 BoundaryFusion = Literal["mean", "sqrt"]
@@ -388,11 +395,7 @@ class TALMTS(Detector):
         for i, video in enumerate(batch.videos):
             real = outputs.levels.mask[i]
             places, points = segments[i, real], scores[i, real]
-            if not (places.isfinite().all() and points.isfinite().all()):
-                raise WeightsError(
-                    f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-                )
+            check_finite(video, places, points)
             flat = places[:, None].expand(*points.shape, 2).flatten(0, 1), labels[real].flatten(), points.flatten()
             found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
         return found

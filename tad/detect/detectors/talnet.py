@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tad.detect.anchors import anchor_scales_for, best_truth, checked_scales, make_anchors, match_anchors
 from tad.detect.detectors.common import (
     check_choice,
+    check_finite,
     check_numbers,
     extents,
     segments_in_seconds,
@@ -30,7 +31,7 @@ from tad.detect.pooling import soi_align, soi_max_pool, soi_mean_pool
 from tad.detect.sampling import balanced_sample
 from tad.detect.segments import clip_segments, decode_center_length, encode_center_length, segment_tiou
 from tad.detect.suppression import nms
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 
 Fusion = Literal["late", "early", "rgb", "flow"]
 SOI: dict[str, Callable[..., Tensor]] = {"max": soi_max_pool, "mean": soi_mean_pool, "align": soi_align}
@@ -326,16 +327,7 @@ class TALNet(Detector):
         found = []
         for i, video in enumerate(batch.videos):
             own = outputs.sample == i
-            finite = (
-                outputs.objectness[i].isfinite().all(),
-                scores[own].isfinite().all(),
-                segments[own].isfinite().all(),
-            )
-            if not all(finite):
-                raise WeightsError(
-                    f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-                )
+            check_finite(video, outputs.objectness[i], scores[own], segments[own])
             flat = segments[own].flatten(0, 1), labels[own].flatten(), scores[own].flatten()  # P·K each
             found.append(segments_in_seconds(batch, i, outputs.extent[i], *flat, limit=self.max_detections))
         return found

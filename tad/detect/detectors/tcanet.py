@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tad.detect.anchors import best_truth
-from tad.detect.detectors.common import check_numbers, extents, segments_in_seconds, truths_within
+from tad.detect.detectors.common import check_finite, check_numbers, extents, segments_in_seconds, truths_within
 from tad.detect.detectors.tcanet_layers import TBR, proper_segments
 from tad.detect.interface import Batch, Detector, LevelSpec, Proposals, Segments, Targets
 from tad.detect.lgte import LGTE
@@ -27,7 +27,7 @@ from tad.detect.segments import (
     encode_center_length,
     segment_tiou,
 )
-from tad.errors import RecipeError, WeightsError
+from tad.errors import RecipeError
 
 LOW_TIOU = 0.3  # the IoU loss tells proposals below, between this and the stage's threshold, and above it apart
 
@@ -315,11 +315,7 @@ class TCANet(Detector):
         for i, video in enumerate(batch.videos):
             own = outputs.sample == i
             segments, scores = outputs.refined[own], outputs.scores[own]
-            if not (segments.isfinite().all() and scores.isfinite().all()):
-                raise WeightsError(
-                    f"video {video}: the detector's output is not finite. Either its features hold NaN (run tad store "
-                    "verify --deep), or the weights have diverged (take an earlier checkpoint or train more slowly)"
-                )
+            check_finite(video, segments, scores)
             labels = torch.zeros_like(outputs.sample[own])
             found.append(
                 segments_in_seconds(batch, i, outputs.extent[i], segments, labels, scores, limit=self.max_detections)
