@@ -232,9 +232,9 @@ def _decoded(members: Sequence[tuple[RawMaps, float]]) -> Raw:
     found = []
     for parts in views.values():
         total = sum(weight for _, weight in parts)
-        maps = {name: sum(v.maps[name] * (w / total) for v, w in parts) for name in parts[0][0].maps}
+        maps = {name: torch.stack([v.maps[name] * (w / total) for v, w in parts]).sum(0) for name in parts[0][0].maps}
         view = parts[0][0]
-        segments = detector.decode_dense(maps, video=view.video, axis=view.axis, duration_s=view.duration_s)  # type: ignore[arg-type]
+        segments = detector.decode_dense(maps, video=view.video, axis=view.axis, duration_s=view.duration_s)
         found.append(replace(segments, duration_s=view.duration_s))
     return Raw(of_whole_videos(found), first.classes, class_agnostic=True, recipe=recipe)
 

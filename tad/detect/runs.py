@@ -32,6 +32,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,4 +262,4 @@ def copy_run(source: Run, path: Path) -> None:
         if name == "metrics.json" and not source.finished:
             continue  # a copy that was made without
         with open(source.path / name, "rb") as file:
-            write_atomic(path / name, lambda copy, file=file: shutil.copyfileobj(file, copy))  # type: ignore[misc]
+            write_atomic(path / name, partial(shutil.copyfileobj, file))
