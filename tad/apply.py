@@ -1,4 +1,4 @@
-"""A trained run on videos: extract what the run's features need, detect, and say which videos failed."""
+"""A trained run on videos: extract what it reads into a store; or detect at once, and say which videos failed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from tad.detect import detect
 from tad.detect.runs import Run
 from tad.errors import RecipeError, WeightsError
+from tad.extract.outcome import ExtractReport
 from tad.extract.pipeline import Failure, extract
 from tad.extract.streams import recipe_of
 from tad.progress import ProgressFactory, silent
 from tad.recipe import ClassesRecipe, ExtractRecipe, PostprocessRecipe
+from tad.store import Store
 
 
 @dataclass
@@ -60,14 +62,12 @@ def detect_videos(
     WeightsError : a checkpoint is missing, or is not the one whose hash the run recorded.
     """
     loaded = Run.load(run)
-    recipes = feature_recipes(loaded, weights=weights or {})
     with ExitStack() as stack:
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tad-"))) / "features.zarr"
-        report = extract(
-            videos, store=store, recipes=list(recipes.values()), names=list(recipes), batch=batch, device=device,
-            progress=progress,
-        )  # fmt: skip
+        report = extract_for_run(
+            videos, run=loaded, store=store, weights=weights, batch=batch, device=device, progress=progress
+        )
         failed = {failure.video for failure in report.failures}
         complete = [video for video in dict.fromkeys(report.videos) if video not in failed]
         lost: list[Any] = []
@@ -75,8 +75,46 @@ def detect_videos(
             run=loaded, store=store, videos=complete, device=device, postprocess=postprocess, classes=classes,
             scores=scores, proposals=proposals, failures=lost,
         )  # fmt: skip
-    failures = [*report.failures, *(Failure(f.video, "", list(recipes), f.error, f.message) for f in lost)]
+    streams = list(dict.fromkeys(stream for part in loaded.parts for stream in part.features))
+    failures = [*report.failures, *(Failure(f.video, "", streams, f.error, f.message) for f in lost)]
     return VideoDetections(predictions, complete, failures)
+
+
+def extract_for_run(
+    videos: str | Path | Iterable[str | Path],
+    *,
+    run: Run | str | Path,
+    store: str | Path | Store,
+    weights: Mapping[str, str] | None = None,
+    format: Literal["zarr", "hdf5"] | None = None,
+    batch: int = 8,
+    device: str | None = None,
+    overwrite: bool = False,
+    failures: str | Path | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    progress: ProgressFactory = silent,
+) -> ExtractReport:
+    """Extract all streams that ``run`` reads, exactly as it was trained on them, and with the backbones that were
+    trained along with it: ``detect`` in ``store`` gives what :func:`detect_videos` gives.
+
+    Parameters
+    ----------
+    weights : stream → checkpoint, where the checkpoint is no longer where it was at extraction.
+    others : see :func:`tad.extract.extract`.
+
+    Raises
+    ------
+    RecipeError : the run's features were imported, not extracted by tad.
+    WeightsError : a checkpoint is missing, or is not the one whose hash the run recorded.
+    StoreError : the store has streams of these names that were made otherwise, as those that a backbone's training was
+        begun with.
+    """
+    recipes = feature_recipes(run if isinstance(run, Run) else Run.load(run), weights=weights or {})
+    return extract(
+        videos, store=store, recipes=list(recipes.values()), names=list(recipes), format=format, batch=batch,
+        device=device, overwrite=overwrite, failures=failures, workers=workers, scheduler=scheduler, progress=progress,
+    )  # fmt: skip
 
 
 def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, ExtractRecipe]:
@@ -124,5 +162,5 @@ def _find_weights(stream: str, weights_id: str, source: str | None, run: Run, gi
     looked = "; ".join(str(c) for c in candidates if c) or "nowhere recorded"
     raise WeightsError(
         f"the weights of stream '{stream}' (sha256 {sha256}) are in none of: {looked}. "
-        f"Give them with --weights {stream}=FILE, or copy the file into {Path(run.path) / 'weights'}"
+        f"Copy the file into {Path(run.path) / 'weights'}, or tell 'tad detect VIDEO' with --weights {stream}=FILE"
     )

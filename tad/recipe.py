@@ -152,6 +152,30 @@ class ProposalsRecipe(Model):
     postprocess: PostprocessRecipe | None = None  # their suppression; None: that of their run
 
 
+class JointRecipe(Model):
+    """How a backbone is trained with its detector (``tad train-joint``): ETAD Section 3.2.1 and Table 1.
+
+    ``egs`` lets gradients through a sample of the snippets and computes the others without, ``full`` through all,
+    ``bank`` takes the others from a bank of earlier ones, ``pre-extracted`` reads the store's rows and trains the
+    detector alone.
+    """
+
+    mode: Literal["egs", "full", "bank", "pre-extracted"] = "egs"
+    ratio: float = Field(default=0.3, ge=0, le=1)  # part of a sample's snippets that gradients go through
+    sampler: Literal["random", "grid", "block", "fps", "dpp"] = "random"
+    chunk: int = Field(default=8, ge=1)  # clips in a forward pass of the backbone
+    checkpoint: bool = False  # forget a chunk's activations and compute them again in the backward pass
+    backbone_lr: float = Field(default=1e-6, ge=0)  # where the detector's is train.lr; both follow its schedule
+    frozen_stages: int = Field(default=2, ge=0, le=4)
+    frozen_norms: bool = True
+    random_crop: bool = True  # these three are drawn once a sample, for all its frames and streams
+    flip: bool = False
+    jitter: bool = False
+    frames: str = "frames"  # the raw stream that backbones of colour read
+    flow_frames: str = "flow-frames"  # and that backbones of flow read
+    videos: str | None = None  # a file, folder or list: decode these videos instead
+
+
 class DetectRecipe(Model):
     """A detector's whole run: what it reads, what it is, how it learns, what happens to its output."""
 
@@ -164,6 +188,7 @@ class DetectRecipe(Model):
     postprocess: PostprocessRecipe = PostprocessRecipe()
     classes: ClassesRecipe = ClassesRecipe()  # of class-agnostic detectors
     proposals: ProposalsRecipe = ProposalsRecipe()  # of detectors that refine another one's
+    joint: JointRecipe | None = None  # of trainings together with the backbone
 
     @model_validator(mode="after")
     def _streams_are_distinct(self) -> DetectRecipe:

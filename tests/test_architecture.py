@@ -28,6 +28,7 @@ ALL = {
     "apply",
     "demo",
     "shipped",
+    "joint",
 }
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
@@ -53,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     },  # evaluate: checkpoints are chosen by mAP
     "synth": {"annotations"},
     "apply": {"store", "annotations", "timeline", "recipe", "extract", "detect", "training"},
+    "joint": {"store", "annotations", "timeline", "recipe", "training", "extract", "detect", "apply"},
     "doctor": {"store", "annotations", "extract", "detect"},
     "demo": ALL - {"demo"},
     "cli": ALL,

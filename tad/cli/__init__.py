@@ -18,6 +18,7 @@ from tad.cli.doctor import doctor
 from tad.cli.ensemble import fuse
 from tad.cli.exchange import convert
 from tad.cli.extract import extract
+from tad.cli.joint import train_joint
 from tad.cli.recipe import recipe
 from tad.cli.report import plot, report
 from tad.cli.scores import demo, evaluate
@@ -31,6 +32,7 @@ COMMANDS = (
     train_classifier,
     classify,
     train_detector,
+    train_joint,
     detect,
     fuse,
     evaluate,

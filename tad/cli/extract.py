@@ -19,8 +19,12 @@ from tad.cli.common import PARTLY, as_json, device_option, fps_option, say, show
     "--backbone",
     "backbones",
     multiple=True,
-    required=True,
     help="Network; repeatable. i3d = i3d-rgb and i3d-flow; frames and flow-frames are small uint8 frames themselves.",
+)
+@click.option(
+    "--run",
+    type=click.Path(exists=True, file_okay=False),
+    help="Instead of --backbone: what this detector's run reads, with its own backbones if they were trained along.",
 )
 @click.option(
     "--weights",
@@ -88,17 +92,30 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     tad extract v.mp4 --store features.zarr --backbone i3d-rgb --weights random --crop 256x320 --stride 4
     tad extract videos/ --store maps.zarr --backbone i3d-rgb --backbone frames --weights w.pt --fps 10 --maps s4,s8
     tad extract videos/ --store s3://bucket/features.zarr --backbone i3d-rgb --weights w.pt --scheduler tcp://host:8786
+    tad extract videos/ --store trained.zarr --run runs/joint
     """
     from tad.extract import pipeline, report
     from tad.progress import progress
 
     same = ("window", "interval", "stride", "fps", "short_side", "crop", "flow", "levels", "maps", "precision", "port",
             "interpolate_positions")  # fmt: skip
-    recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
+    if o["run"] is None:
+        if not o["backbones"]:
+            raise click.UsageError("name a --backbone, or a --run whose features are extracted")
+        recipes = report.recipes_of(o["backbones"], o["weights"], {key: o[key] for key in same})
+        names = list(o["names"]) or None
+    else:
+        if given := [key for key in ("backbones", "weights", "names", *same) if _is_given(ctx, key)]:
+            raise click.UsageError(f"--run says how its features are made: leave {', '.join(map(_flag, given))} out")
+        from tad.apply import feature_recipes
+        from tad.detect.runs import Run
+
+        of_run = feature_recipes(Run.load(o["run"]), weights={})
+        recipes, names = list(of_run.values()), list(of_run)
     common = {
         "store": o["store"],
         "recipes": recipes,
-        "names": list(o["names"]) or None,
+        "names": names,
         "format": o["format"],
         "overwrite": o["overwrite"],
         "device": o["device"],
@@ -115,3 +132,12 @@ def extract(ctx: click.Context, /, videos: tuple[str, ...], dry_run: bool, as_js
     show(done.to_dict()) if as_json else click.echo("\n".join(report.report_lines(done)))
     if done.failures:
         ctx.exit(PARTLY)
+
+
+def _is_given(ctx: click.Context, key: str) -> bool:
+    return ctx.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT
+
+
+def _flag(key: str) -> str:
+    """An option as it is typed."""
+    return {"backbones": "--backbone", "names": "--stream"}.get(key, f"--{key.replace('_', '-')}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,8 +134,17 @@ class VideoDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether samples are made of what is in memory already."""
+        return bool(self.cache)
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
+        return self._cut(self.whole(index), epoch, index)
+
+    def whole(self, index: int) -> Sample:
+        """The video of sample ``index`` with its truth, before a window or a random part is cut out of it."""
         video, start = self.items[index]
         sample = self.cache.get(video)
         if sample is None:
@@ -145,6 +155,10 @@ class VideoDataset(Dataset[Sample]):
         sample = replace(sample, segments=truth.segments, labels=truth.labels)
         if video in self.proposals:
             sample = with_proposals(sample, self.proposals[video])
+        return sample
+
+    def _cut(self, sample: Sample, epoch: int, index: int) -> Sample:
+        start = self.items[index][1]
         if start is not None:
             assert self.needs[0].rows is not None
             return crop(sample, start, self.needs[0].rows, min_inside=self.data.min_inside)
@@ -192,18 +206,29 @@ class EpochLoader:
     """Batches of this process, epoch by epoch; ``None`` stands for an empty share.
 
     The order is drawn here, from the seed and epoch, so that it is the same for any number of workers, and neither it
-    nor the workers' seeds touch torch's own generator.
+    nor the workers' seeds touch torch's own generator. ``collate`` makes batches of samples otherwise than
+    :func:`collate` does.
     """
 
-    def __init__(self, dataset: VideoDataset, *, workers: int, rank: int = 0, world: int = 1) -> None:
-        workers = 0 if dataset.cache else workers  # rows in memory are handed over faster than a worker could send them
+    _usual = staticmethod(collate)
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        *,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        collate: Callable[[Sequence[Any]], Batch | None] | None = None,
+    ) -> None:
+        workers = 0 if dataset.in_memory else workers  # these are handed over faster than a worker could send them
         self.shares = _Shares(rank, world)
         self.dataset, self.generator = dataset, torch.Generator()
         self.loader: DataLoader[Sample] = DataLoader(
             dataset,
             batch_sampler=self.shares,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate or self._usual,
             worker_init_fn=_seed_worker,
             generator=self.generator,
             # Neither torch's threads nor remote stores survive a fork.

@@ -115,11 +115,13 @@ class Detector(nn.Module):
     needs : the streams and levels that ``forward`` reads from ``batch.features``.
     class_agnostic : it finds actions of any class, all with label 0; classes come from scores of whole videos.
     reads_proposals : it refines proposals of another detector, ``batch.proposals``.
+    thins : it applies ``train.feature_dropout`` itself, to rows that it makes.
     """
 
     needs: tuple[LevelSpec, ...] = ()
     class_agnostic: ClassVar[bool] = False
     reads_proposals: ClassVar[bool] = False
+    thins: ClassVar[bool] = False
 
     def forward(self, batch: Batch) -> Any:
         """The network's outputs for a batch, in row units; whatever ``loss`` and ``decode`` understand."""

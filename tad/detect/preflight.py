@@ -82,6 +82,22 @@ class TrainingSet:
     counts: dict[str, int] = field(default_factory=dict)
     starts: dict[str, list[int | None]] = field(default_factory=dict)  # video -> where its training windows begin
 
+    def without(self, failures: Sequence[Failure]) -> TrainingSet:
+        """What is left when these videos cannot be used either."""
+        if not failures:
+            return self
+        lost = {failure.video for failure in failures}
+        train = {video: truth for video, truth in self.train.items() if video not in lost}
+        holdout = [video for video in self.holdout if video not in lost]
+        counts = self.counts | {"train_videos": len(train), "holdout_videos": len(holdout)}
+        counts["segments"] = sum(len(truth.labels) for truth in train.values())
+        counts["broken_videos"] = counts.get("broken_videos", 0) + len(lost)
+        if self.starts:
+            counts["windows"] = sum(len(self.starts[video]) for video in train)
+        if not train or (self.holdout and not holdout):
+            raise StoreError(f"no {'held-out' if train else 'training'} video is left; the first says: {failures[0]}")
+        return replace(self, train=train, holdout=holdout, failures=[*self.failures, *failures], counts=counts)
+
     def holdout_truth(self, plan: Plan) -> pd.DataFrame:
         """The segments of the held-out videos that can be read, as :mod:`tad.evaluate` takes them."""
         return plan.holdout_truth[plan.holdout_truth["video"].isin(self.holdout)]

@@ -16,6 +16,11 @@
       log.txt
       raw/*.npz              what the network found before suppression, where ``detect`` was told to write it here
 
+A run whose backbones were trained along also holds, and its ``features.json`` is of what they give now,
+
+      starting.json          the features it was begun with, as ``features.json`` has it
+      weights/STREAM-*.safetensors   the backbones that belong to ``best.safetensors``
+
 A run of a class-agnostic detector also holds where its classes come from, one of
 
       classifier/            a classifier of whole videos, trained along (a run of its own)
@@ -29,19 +34,22 @@ and a run that refines proposals the run that finds them:
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
-from tad.detect.trained_on import read_features
+from tad.detect.trained_on import STARTING, read_features
 from tad.errors import RecipeError, WeightsError
 from tad.recipe import DetectRecipe, dump_yaml, load_mapping, validated
 from tad.training.files import (
@@ -84,6 +92,7 @@ FILES = (
     "log.txt",
     "scores.json",
     "proposals.npz",
+    STARTING,
 )
 OF_EPOCHS = (
     "best.safetensors",
@@ -95,6 +104,8 @@ OF_EPOCHS = (
     "log.txt",
 )
 CLASSIFIER, PROPOSALS = "classifier", "proposals"  # folders of runs inside a run
+WEIGHTS = "weights"  # folder of backbones; what training wrote there ends in the first digits of its SHA-256
+OF_TRAINING = re.compile(r".+-[0-9a-f]{12}\.safetensors")
 COPIED = (
     "classes.json",
     "features.json",
@@ -179,7 +190,8 @@ class Run:
 
         Raises
         ------
-        WeightsError : no checkpoint was written yet, it is damaged, or it does not fit the recipe's network.
+        WeightsError : no checkpoint was written yet, it is damaged, it does not fit the recipe's network, or its
+        backbones are not those that ``features.json`` names.
         """
         file = self.path / f"{weights}.safetensors"
         if not file.is_file():
@@ -190,7 +202,43 @@ class Run:
         model = self.recipe.model
         detector = build_detector(self.recipe.detector, channels=self.channels, classes=len(self.classes), **model)
         load_into(detector, read_weights(file), where=str(file))
+        self._check_backbones(file)
         return detector.to(device).eval()
+
+    def _check_backbones(self, file: Path) -> None:
+        """Refuse weights that were trained along with other backbones than ``features.json`` names."""
+        about = read_about(file)
+        if about.get("features") is None:
+            best = read_about(self.path / "best.safetensors") if (self.path / "best.safetensors").is_file() else {}
+            if best.get("features") is not None and best.get("epoch") != about.get("epoch"):
+                raise WeightsError(
+                    f"{file} is of epoch {about.get('epoch')}, but the run keeps the backbones of epoch "
+                    f"{best.get('epoch')} alone, which belong to best.safetensors: take that"
+                )
+            return
+        now = {stream: known["fingerprint"] for stream, known in self.features.items()}
+        if other := sorted(stream for stream in now if about["features"].get(stream) != now[stream]):
+            raise WeightsError(
+                f"{file} was trained along with another backbone of stream '{other[0]}' than features.json names: the "
+                "training was stopped while saving; resume it"
+            )
+
+
+def read_about(file: Path) -> dict[str, Any]:
+    """What :func:`write_weights` wrote about a file of weights; empty where it wrote nothing.
+
+    Raises :class:`WeightsError` when the file is missing or damaged.
+    """
+    try:
+        with safe_open(str(file), "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("tad", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"weights {file} cannot be read ({error}); resume the training to write them again"
+        ) from error
+    if not isinstance(about, dict):
+        raise WeightsError(f"weights {file} say nothing understandable about themselves; resume the training")
+    return about
 
 
 def load_into(detector: Detector, state: Mapping[str, Tensor], *, where: str) -> None:
@@ -217,10 +265,27 @@ def run_state(path: Path) -> FolderState:
     return folder_state(path, files=FILES)
 
 
+def trained_weights(path: Path) -> list[Path]:
+    """The files of backbones that a training wrote into the run at ``path``; files that somebody else put into the
+    folder are none of these.
+    """
+    return sorted(file for file in (path / WEIGHTS).glob("*") if OF_TRAINING.fullmatch(file.name))
+
+
+def remove_weights(path: Path, *, keep: Collection[str] = ()) -> None:
+    """Remove :func:`trained_weights`, but for the names to ``keep``, and what a stop left of them."""
+    for file in [*trained_weights(path), *(path / WEIGHTS).glob(".*.tmp")]:
+        if file.name not in keep:
+            file.unlink(missing_ok=True)
+    if (path / WEIGHTS).is_dir() and not any((path / WEIGHTS).iterdir()):
+        (path / WEIGHTS).rmdir()
+
+
 def remove_run(path: Path) -> None:
     """Remove the files of a run and nothing else."""
     for file in path.glob("raw/*.npz"):
         file.unlink(missing_ok=True)
+    remove_weights(path)
     for inner in (path / CLASSIFIER, path / PROPOSALS):
         if (inner / "recipe.yaml").is_file():
             remove_run(inner)
@@ -232,6 +297,7 @@ def remove_run(path: Path) -> None:
 def remove_training(path: Path) -> None:
     """Remove what a training wrote from its first epoch on; what says how it was begun and what was prepared stays."""
     remove_files(path, files=OF_EPOCHS)
+    remove_weights(path)
 
 
 def dump_recipe(path: Path, recipe: DetectRecipe) -> None:
@@ -258,6 +324,9 @@ def copy_run(source: Run, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if source.proposals is not None:
         copy_run(source.proposals, path / PROPOSALS)
+    for trained in trained_weights(source.path):
+        with open(trained, "rb") as file:
+            write_atomic(path / WEIGHTS / trained.name, partial(shutil.copyfileobj, file))
     for name in COPIED:
         if name == "metrics.json" and not source.finished:
             continue  # a copy that was made without

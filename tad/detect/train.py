@@ -15,9 +15,9 @@ import pandas as pd
 
 from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs
-from tad.detect.data import EpochLoader, VideoDataset, epoch_steps, with_proposals
+from tad.detect.data import EpochLoader, epoch_steps, with_proposals
 from tad.detect.detectors import DETECTORS, build_detector
-from tad.detect.infer import check_same_features, decoded_videos, detections, table_of
+from tad.detect.infer import decoded_videos, detections, table_of
 from tad.detect.interface import Segments
 from tad.detect.postprocess import suppress_all
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
@@ -42,6 +42,7 @@ from tad.detect.runs import (
     write_text,
     write_weights,
 )
+from tad.detect.source import StoreSource
 from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
 from tad.detect.windows import read_for_views
@@ -70,6 +71,7 @@ def train_detector(
     overwrite: bool = False,
     device: str | None = None,
     progress: ProgressFactory | None = None,
+    source: StoreSource | None = None,
 ) -> dict[str, Any]:
     """Train a detector on stored features and write its run folder (see :mod:`tad.detect.runs`).
 
@@ -88,6 +90,7 @@ def train_detector(
     overwrite : replace the run that is there.
     device : ``cpu``, ``cuda``, ``cuda:1``; by default CUDA when there is one.
     progress : shows how far it is (see :mod:`tad.progress`).
+    source : where the rows come from; by default the store.
 
     Returns
     -------
@@ -103,21 +106,35 @@ def train_detector(
         with open_store(store) as opened:
             return train_detector(
                 recipe, store=opened, annotations=annotations, out=out, resume=resume, overwrite=overwrite,
-                device=device, progress=progress,
+                device=device, progress=progress, source=source,
             )  # fmt: skip
+    if recipe.joint is not None and source is None:
+        raise RecipeError("this recipe trains the backbone along (its section 'joint'): use 'tad train-joint'")
+    source = source or StoreSource()
     truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
     path = Path(out)
     with world(device) as processes:
         check_training(recipe.train, device=processes.device)
-        outcome = processes.on_first(lambda: _may_begin(path, recipe, truth, store, resume=resume, overwrite=overwrite))
+        outcome = processes.on_first(
+            lambda: _may_begin(path, recipe, truth, store, source, resume=resume, overwrite=overwrite)
+        )
         if isinstance(outcome, dict):
             return outcome
         show = progress if progress is not None and processes.first else silent
-        return _train(recipe, outcome, store=store, truth=truth, path=path, processes=processes, progress=show)
+        return _train(
+            recipe, outcome, store=store, truth=truth, path=path, source=source, processes=processes, progress=show
+        )
 
 
 def _may_begin(
-    path: Path, recipe: DetectRecipe, truth: Truth, store: Store, *, resume: bool, overwrite: bool
+    path: Path,
+    recipe: DetectRecipe,
+    truth: Truth,
+    store: Store,
+    source: StoreSource,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> DetectRecipe | dict[str, Any] | None:
     """The recipe of the run to go on with, the metrics of one that is finished, or None to begin."""
     require_free(path, resume=resume, overwrite=overwrite)
@@ -138,7 +155,7 @@ def _may_begin(
         raise RecipeError(
             f"run {path} cannot be resumed: annotations {truth.path} are not those that it was begun with"
         )
-    check_same_features(run, store)
+    source.check_features(run, store)
     if run.finished:
         logger.info("run %s is finished, there is nothing to resume", path)
         metrics: dict[str, Any] = read_json(path / "metrics.json")
@@ -153,6 +170,7 @@ def _train(
     store: Store,
     truth: Truth,
     path: Path,
+    source: StoreSource,
     processes: World,
     progress: ProgressFactory,
 ) -> dict[str, Any]:
@@ -166,20 +184,29 @@ def _train(
     detector = build_detector(recipe.detector, channels=plan.channels, classes=len(plan.classes), **recipe.model)
     check_needs(detector.needs, detector=recipe.detector)
     data = read_training(plan, recipe, store, detector.needs, progress)
+    lacking, remarks = source.lacking(detector.needs, [*data.train, *data.holdout])
+    data = data.without(lacking)
     if len(set(processes.gathered((tuple(data.train), tuple(data.holdout))))) > 1:
         raise StoreError(f"store {store.path}: not every process could read the same videos; run 'tad store verify'")
-    notes: list[str] = []
+    notes = list(remarks)
     if not resuming:
-        notes = check_class_scores(recipe, classes=plan.classes, holdout=data.holdout)
+        notes += check_class_scores(recipe, classes=plan.classes, holdout=data.holdout)
         processes.on_first(lambda: check_place(recipe, path, begun=begun))
-    trainer = Trainer(detector.to(processes.device), recipe.train, processes)
+    video = next(iter(data.train))
+    features = described_features(store, plan.channels, video=video, row_spacing=recipe.data.row_spacing)
+    module = source.module(
+        detector, features=features, path=path, processes=processes, videos=list(data.train)
+    ).to(processes.device)
+    trainer = Trainer(module, recipe.train, processes, parts=source.parts(module, recipe.train))
     state = read_state(path / "resume.pt") if resuming else None
     if state is not None:
         _check_same_videos(state, data, path)
         trainer.load_state_dict(state)
+        source.load_state_dict(state.get("source", {}))
     else:
         seed_all(recipe.seed, processes.rank)
         processes.on_first(lambda: _write_head(path, recipe, given, plan, data, store, truth, processes, begun=begun))
+        processes.on_first(lambda: source.write_features(path, features))  # last: with it the run can be resumed
     log = _Log(path / "log.txt" if processes.first else None)
     for message in [*plan.messages, *data.messages, *notes, *(f"left out: {f}" for f in plan.failures + data.failures)]:
         log(message)
@@ -195,7 +222,7 @@ def _train(
     counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
     log(f"{begins}, {processes.size} processes, {recipe.train.epochs} epochs; {counts}")
     try:
-        _epochs(trainer, recipe, plan, data, prepared, store, path, log, progress)
+        _epochs(trainer, recipe, plan, data, prepared, source, store, path, log, progress)
     except KeyboardInterrupt:
         log(f"interrupted in epoch {trainer.epoch + 1}; resume goes on from its beginning")
         raise
@@ -228,6 +255,7 @@ def _epochs(
     plan: Plan,
     data: TrainingSet,
     prepared: Prepared,
+    source: StoreSource,
     store: Store,
     path: Path,
     log: _Log,
@@ -235,7 +263,7 @@ def _epochs(
 ) -> None:
     """Train what is left, and after every epoch write all that a stop must not lose."""
     processes, training = trainer.processes, recipe.train
-    dataset = VideoDataset(
+    dataset = source.dataset(
         store=store,
         needs=trainer.detector.needs,
         truth=data.train,
@@ -245,7 +273,9 @@ def _epochs(
         starts=data.starts,
         proposals=prepared.proposals,
     )
-    loader = EpochLoader(dataset, workers=recipe.data.workers, rank=processes.rank, world=processes.size)
+    loader = EpochLoader(
+        dataset, workers=recipe.data.workers, rank=processes.rank, world=processes.size, collate=source.collate()
+    )
     per_epoch = math.ceil(len(dataset) / (training.batch_videos * training.accumulate))
     with progress((training.epochs - trainer.epoch) * per_epoch, "train", "steps") as bar:
         for epoch in range(trainer.epoch, training.epochs):
@@ -262,23 +292,30 @@ def _epochs(
                 set_lr(trainer.optimizer, lr)
                 for name, value in trainer.step(step, batches).items():
                     sums[name] = sums.get(name, 0.0) + value
+                source.stepped(processes)
                 bar.advance(1, f"epoch {epoch + 1}/{training.epochs}")
             next(batches, None)  # the loader's own end of the epoch
             processes.sync_buffers(trainer.detector)
             row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, **_means(processes.gathered(sums), len(dataset))}
             due = (epoch + 1) % training.eval_every == 0 or epoch + 1 == training.epochs
             if due and len(data.holdout_truth(plan)):
-                row |= _evaluate(trainer, recipe, plan, data, prepared, store)
+                row |= _evaluate(trainer, recipe, plan, data, prepared, source, store)
             row["seconds"] = round(time.perf_counter() - begin, 3)
             trainer.history.append(row)
             trainer.epoch = epoch + 1
-            _save(trainer, recipe, data, path)
+            _save(trainer, recipe, data, source, path)
             told = (f"{k} {v:.4g}" for k, v in row.items() if k != "epoch" and not k.startswith("map_"))
             log(f"epoch {epoch + 1}/{training.epochs}: {', '.join(told)}")
 
 
 def _evaluate(
-    trainer: Trainer, recipe: DetectRecipe, plan: Plan, data: TrainingSet, prepared: Prepared, store: Store
+    trainer: Trainer,
+    recipe: DetectRecipe,
+    plan: Plan,
+    data: TrainingSet,
+    prepared: Prepared,
+    source: StoreSource,
+    store: Store,
 ) -> dict[str, float]:
     """mAP on the held-out videos, each process detecting in its share of them.
 
@@ -293,9 +330,10 @@ def _evaluate(
     found: list[Segments] = []
     for group in (mine[i : i + size] for i in range(0, len(mine), size)):
         samples = [data.cache.get(v) or read_for_views(store, needs, v, recipe.data) for v in group]
+        samples = [source.whole(module, sample) for sample in samples]
         if prepared.proposals is not None:
             samples = [with_proposals(s, prepared.proposals.get(s.video, NOTHING)) for s in samples]
-        found += decoded_videos(module, samples, recipe.data, device=processes.device)
+        found += decoded_videos(source.detector(module), samples, recipe.data, device=processes.device)
     agnostic = module.class_agnostic
     raw = Raw(found, plan.classes, agnostic, prepared.class_scores, recipe)
     tables = {"average_map": detections(raw)[0]}
@@ -319,7 +357,7 @@ def _evaluate(
     return processes.on_first(score)
 
 
-def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, path: Path) -> None:
+def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, source: StoreSource, path: Path) -> None:
     """Checkpoints, then the state to resume from: a stop in between repeats the epoch and writes the same again."""
     row = trainer.history[-1]
     chosen = recipe.train.select == "last"
@@ -329,13 +367,18 @@ def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, path: Path)
     if chosen:
         trainer.best = row
     state = trainer.state_dict() | {"train": list(data.train), "holdout": list(data.holdout)}
+    state["source"] = source.state_dict()
 
     def write() -> None:
-        weights = trainer.judged.state_dict()
-        about = {"detector": recipe.detector, "epoch": trainer.epoch, "averaged": trainer.average is not None}
+        weights = source.detector(trainer.judged).state_dict()
+        own = {"detector": recipe.detector, "epoch": trainer.epoch, "averaged": trainer.average is not None}
+
+        def write_detector(file: Path, **about: Any) -> None:
+            write_weights(file, weights, **own, **about)
+
         if chosen:
-            write_weights(path / "best.safetensors", weights, **about)
-        write_weights(path / "last.safetensors", weights, **about)
+            source.write_best(path, trainer.judged, write_detector)
+        write_detector(path / "last.safetensors")
         write_csv(path / "metrics.csv", trainer.history)
         write_state(path / "resume.pt", state)
 
@@ -354,7 +397,7 @@ def _write_head(
     *,
     begun: bool,
 ) -> None:
-    """Everything of a run folder that is known before the first epoch; what an earlier run left there goes."""
+    """What a run folder says before the first epoch, but for its features; what an earlier run left there goes."""
     if path.is_dir():
         (remove_training if begun else remove_run)(path)
     dump_recipe(path, recipe)
@@ -366,13 +409,10 @@ def _write_head(
         "recipe_as_given": given.model_dump(mode="json"),
     }
     write_json(path / "env.json", env)
-    video = next(iter(data.train))
-    features = described_features(store, plan.channels, video=video, row_spacing=recipe.data.row_spacing)
     failures = plan.failures + data.failures
     if failures:
         lines = (json.dumps(failure.__dict__, ensure_ascii=False) for failure in failures)
         write_text(path / "failures.jsonl", "\n".join(lines) + "\n")
-    write_json(path / "features.json", features)  # last: with it the run can be resumed
 
 
 def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tad.errors import RecipeError, StoreError
 from tad.store import Store
 from tad.training.files import describe_differences, differing_keys, read_json
 
+STARTING = "starting.json"  # of a run whose backbones were trained along: the features that it was begun with
 # of every stream, beside its own info
 KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
 
@@ -30,34 +31,44 @@ def described_features(
     return features
 
 
-def read_features(path: Path, streams: Sequence[str], *, of: str) -> dict[str, dict[str, Any]]:
-    """``features.json`` of the run at ``path``, in the order of ``streams``.
+def read_features(
+    path: Path, streams: Sequence[str], *, of: str, name: str = "features.json"
+) -> dict[str, dict[str, Any]]:
+    """``features.json``, or the file ``name`` like it, of the run at ``path``, in the order of ``streams``.
 
     Raises :class:`RecipeError` when it is missing or malformed.
     """
-    features = read_json(path / "features.json", of=of)
+    features = read_json(path / name, of=of)
     if not isinstance(features, dict):
-        raise RecipeError(f"run {path}: features.json must hold an object of streams")
+        raise RecipeError(f"run {path}: {name} must hold an object of streams")
     for stream in streams:
         known = features.get(stream, {})
         if not isinstance(known, dict):
-            raise RecipeError(f"run {path}: features.json must hold an object for stream '{stream}', got {known!r}")
+            raise RecipeError(f"run {path}: {name} must hold an object for stream '{stream}', got {known!r}")
         lacking = [key for key in KEYS if key not in known]
         if lacking:
-            raise RecipeError(f"run {path}: features.json lacks {', '.join(lacking)} of stream '{stream}'")
+            raise RecipeError(f"run {path}: {name} lacks {', '.join(lacking)} of stream '{stream}'")
         wrong = [key for key, kind in KEYS.items() if type(known[key]) is not kind]
         if wrong:
             kinds = ", ".join(f"{key} must be of type {KEYS[key].__name__}" for key in wrong)
-            raise RecipeError(f"run {path}: features.json is malformed for stream '{stream}': {kinds}")
+            raise RecipeError(f"run {path}: {name} is malformed for stream '{stream}': {kinds}")
     return {stream: features[stream] for stream in streams}
 
 
 def check_features(path: Path, features: Mapping[str, Mapping[str, Any]], store: Store) -> None:
     """Raise :class:`StoreError` unless the store's streams were made exactly as those that the run knows."""
     check_streams(store, list(features))
+    joint = (path / STARTING).is_file()
+    starting = read_features(path, list(features), of="detector's run", name=STARTING) if joint else {}
     for stream, known in features.items():
         attrs = store.stream_attrs(stream)
         if attrs["fingerprint"] != known["fingerprint"]:
+            if joint and starting[stream]["fingerprint"] == attrs["fingerprint"]:
+                raise StoreError(
+                    f"stream '{stream}' of store {store.path} holds the features that the training of run {path} was "
+                    "begun with, and its backbone was trained since: extract into another store with "
+                    f"'tad extract VIDEOS --run {path} --store STORE', or detect in VIDEOS themselves"
+                )
             differences = (
                 describe_differences(differing_keys(known["spec"], attrs["spec"])) or "only their fingerprints differ"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tad.detect.interface import Batch, Detector
 from tad.errors import TadError
 from tad.recipe import TrainRecipe
 from tad.training.distributed import World
-from tad.training.optim import AveragedWeights, build_optimizer
+from tad.training.optim import AveragedWeights, Part, build_optimizer
 from tad.training.rng import random_state, seed_all, set_random_state
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,11 +26,13 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Trainer:
     """A detector while it learns: its optimizer, averaged weights, and how far it is."""
 
-    def __init__(self, detector: Detector, recipe: TrainRecipe, processes: World) -> None:
+    def __init__(
+        self, detector: Detector, recipe: TrainRecipe, processes: World, *, parts: Sequence[Part] | None = None
+    ) -> None:
         self.detector, self.recipe, self.processes = detector, recipe, processes
         processes.copy_from_first(iter([*detector.parameters(), *detector.buffers()]))
         self.parameters = [p for p in detector.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(detector, recipe)
+        self.optimizer = build_optimizer(detector, recipe, parts=parts)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=recipe.precision == "fp16")
         self.average = None if recipe.ema is None else AveragedWeights(detector, recipe.ema)
         self.epoch = 0  # finished epochs
@@ -56,7 +58,9 @@ class Trainer:
             if batch is None:
                 continue
             videos += batch.videos
-            batch = self._thinned(batch.to(self.processes.device))
+            batch = batch.to(self.processes.device)
+            if not self.detector.thins:
+                batch = thinned(batch, self.recipe.feature_dropout)
             with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
                 terms = self.detector.loss(self.detector(batch), batch.targets or [])
             loss = torch.stack([term.float() for term in terms.values()]).sum()
@@ -80,20 +84,6 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.detector)
         return sums
-
-    def _thinned(self, batch: Batch) -> Batch:
-        """The batch with a random part of its feature values zero and the rest larger (``train.feature_dropout``).
-
-        Frames, which are bytes, are none and stay as they are.
-        """
-        part = self.recipe.feature_dropout
-        if part == 0:
-            return batch
-        features = {
-            key: F.dropout(value.float(), part) if value.is_floating_point() else value
-            for key, value in batch.features.items()
-        }
-        return replace(batch, features=features)
 
     def _diverged(self, what: str, videos: list[str]) -> TadError:
         return TadError(
@@ -125,3 +115,16 @@ class Trainer:
             set_random_state(state["random"][self.processes.rank])
         else:  # other numbers are drawn from here on, but not the same ones in every process
             seed_all(int(state["random"][0]["torch"].sum()), self.processes.rank)
+
+
+def thinned(batch: Batch, part: float) -> Batch:
+    """The batch with a random part of its feature values zero and the rest larger (``train.feature_dropout``).
+
+    Frames, which are bytes, are none and stay as they are.
+    """
+    if part == 0:
+        return batch
+    features = {
+        key: F.dropout(value, part) if value.is_floating_point() else value for key, value in batch.features.items()
+    }
+    return replace(batch, features=features)

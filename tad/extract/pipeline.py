@@ -1,4 +1,4 @@
-"""``tad extract``: videos → feature store. Read this file, then ``frames.py`` (decoding) and ``snippets.py`` (windows).
+"""``tad extract``: videos → feature store. Read this file, then ``frames.py`` (decoding) and ``rows.py`` (windows).
 
 ::
 
@@ -17,20 +17,18 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from tad.errors import RecipeError, TadError
 from tad.extract.frames import Begin, End, Failed, Frames, read_videos
 from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.outcome import ExtractReport, Failure, FailureLog, default_failures
-from tad.extract.snippets import FrameBuffer, LevelTiler, joined
+from tad.extract.rows import StreamRows
 from tad.extract.streams import Stream, resolve
 from tad.extract.video import VideoInfo, probe, source_of
 from tad.progress import Progress, ProgressFactory, silent
 from tad.recipe import ExtractRecipe
-from tad.store import Level, Store, open_store
-from tad.timeline import TimeAxis
+from tad.store import Store, open_store
 
 
 def extract(
@@ -257,10 +255,7 @@ class VideoRun:
     """One stream of the video that is being decoded: frames in, an entry out."""
 
     def __init__(self, stream: Stream, begin: Begin, *, batch: int) -> None:
-        self.stream, self.begin = stream, begin
-        self.buffer = FrameBuffer(stream.plan, batch=batch, device=stream.device)
-        self.rows: list[torch.Tensor] = []
-        self.tilers = {level: LevelTiler(stream.plan, stride) for level, stride in stream.sequences.items()}
+        self.stream, self.begin, self.rows = stream, begin, StreamRows(stream, batch=batch)
 
     def push(self, item: Frames) -> float:
         """Give the frames to the network, window by window; returns the seconds that it took."""
@@ -268,51 +263,29 @@ class VideoRun:
         if frames is None or len(frames) == 0:
             return 0.0
         begun = time.perf_counter()
-        for windows in self.buffer.push(torch.from_numpy(frames)):
-            self._run(windows)
+        self.rows.push(frames)
         return time.perf_counter() - begun
 
     def finish(self) -> float:
         """The windows at the video's end; returns the seconds that they took."""
         begun = time.perf_counter()
-        for windows in self.buffer.finish():
-            self._run(windows)
+        self.rows.finish()
         return time.perf_counter() - begun
-
-    def _run(self, windows: torch.Tensor) -> None:
-        with torch.inference_mode():
-            outputs = self.stream.run(windows)
-        self.rows.append(outputs["features"])  # (B, D), or (B, C, H, W) of raw frames
-        for level, tiler in self.tilers.items():
-            tiler.push(outputs[level])
 
     def write(self, store: Store, end: End) -> int:
         """Write the entry and return its number of rows."""
-        stream, fps, frames = self.stream, self.begin.fps, self.buffer.frames
-        plan = stream.plan
-        features = joined(self.rows).numpy()  # (rows, D)
-        levels = {"features": level_of(features, plan.axis(fps), fps, plan.stride, plan.span, frames)}
-        for name, tiler in self.tilers.items():
-            step = tiler.step_frames
-            axis = TimeAxis.from_frames(fps=fps, window_frames=step, stride_frames=step)
-            levels[name] = level_of(tiler.finish(frames).numpy(), axis, fps, step, step, frames)
-        file = self.begin.file
-        attrs = {**end.attrs, "fps": fps, "frames": frames}
+        stream, file, frames = self.stream, self.begin.file, self.rows.frames
+        levels = self.rows.levels(self.begin.fps)
         store.write(
             stream.name,
             file.video,
             levels,
             duration_s=end.duration_s,
             source=source_of(file.path),
-            attrs=attrs,
+            attrs={**end.attrs, "fps": self.begin.fps, "frames": frames},
             overwrite=True,
         )
-        return int(features.shape[0])
-
-
-def level_of(array: np.ndarray, axis: TimeAxis, fps: float, stride: int, window: int, frames: int) -> Level:
-    """An array with everything that the store records of its time axis."""
-    return Level(array=array, axis=axis, stride_frames=stride, window_frames=window, fps=fps, num_frames_used=frames)
+        return int(levels["features"].array.shape[0])
 
 
 def fail(

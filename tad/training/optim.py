@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,25 +16,45 @@ from tad.errors import RecipeError
 from tad.recipe import TrainRecipe
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a module that learns at ``lr_factor`` times the recipe's rate."""
+
+    module: nn.Module
+    lr_factor: float = 1.0
+
+
 MOMENTUM = 0.9  # of SGD
 
 
-def build_optimizer(module: nn.Module, recipe: TrainRecipe) -> Optimizer:
+def build_optimizer(module: nn.Module, recipe: TrainRecipe, *, parts: Sequence[Part] | None = None) -> Optimizer:
     """Adam, AdamW or SGD (momentum 0.9) over the parameters that require a gradient.
+
+    ``parts`` of ``module`` learn at rates of their own; by default it is one.
 
     ``weight_decay`` is the L2 term of Adam and SGD, on all parameters, as the papers of their time have it. AdamW
     decays matrices and kernels only, not biases, norms and other parameters of fewer than two dimensions.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
+    groups: list[dict[str, Any]] = []
+    for part in parts if parts is not None else [Part(module)]:
+        parameters = [p for p in part.module.parameters() if p.requires_grad]
+        same = {"lr": part.lr_factor * recipe.lr, "lr_factor": part.lr_factor}
+        if recipe.optimizer != "adamw":
+            groups.append({"params": parameters, "weight_decay": recipe.weight_decay, **same})
+            continue
+        decayed, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, **same})
+        groups.append({"params": others, "weight_decay": 0.0, **same})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise RecipeError("the detector has no parameter to train")
     if recipe.optimizer == "adam":
-        return Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return Adam(groups, lr=recipe.lr)
     if recipe.optimizer == "sgd":
-        return SGD(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=MOMENTUM)
-    decayed, others = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=recipe.lr)
+        return SGD(groups, lr=recipe.lr, momentum=MOMENTUM)
+    return AdamW(groups, lr=recipe.lr)
 
 
 def lr_factor(recipe: TrainRecipe, *, step: int, steps_per_epoch: int) -> float:
@@ -53,8 +75,9 @@ def lr_factor(recipe: TrainRecipe, *, step: int, steps_per_epoch: int) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """``lr`` for every group of :func:`build_optimizer`, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def check_training(recipe: TrainRecipe, *, device: torch.device) -> None:

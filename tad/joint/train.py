@@ -1,0 +1,142 @@
+"""``tad train-joint``: the two-stage trainer with rows that a backbone in training makes of frames.
+
+Read :mod:`tad.detect.train` for the training itself, then ``source.py`` (what is otherwise here), ``model.py`` (the
+network) and ``gradient_sampling.py`` (Algorithm 1 of ETAD).
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tad.annotations import Truth, read_truth
+from tad.apply import feature_recipes
+from tad.detect.classifier_train import train_classifier
+from tad.detect.detectors import DETECTORS
+from tad.detect.interface import LevelSpec
+from tad.detect.runs import CLASSIFIER, Run
+from tad.detect.train import train_detector
+from tad.detect.trained_on import read_features
+from tad.errors import RecipeError
+from tad.extract.rows import StreamRows
+from tad.extract.streams import resolve
+from tad.joint.frames import open_sources
+from tad.joint.source import JointSource, levels_of
+from tad.progress import ProgressFactory, silent
+from tad.recipe import DetectRecipe, JointRecipe
+from tad.store import Store, open_store
+from tad.training.distributed import pick_device, world
+
+logger = logging.getLogger("tad.joint")
+
+
+def train_joint(
+    recipe: DetectRecipe,
+    *,
+    store: Store | str | Path,
+    annotations: Truth | str | Path,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: ProgressFactory | None = None,
+    memory_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Train a detector together with the backbones of the streams that it reads, and write its run folder.
+
+    The store holds the features that these backbones give before the training; it says how rows follow from frames.
+    The run is one of a detector whose features are those of the trained backbones: ``tad detect`` and ``tad extract
+    --run`` make them. Under ``torchrun`` all its processes train together, as in
+    :func:`tad.detect.train.train_detector`.
+
+    Parameters
+    ----------
+    recipe : a detector's, with a section ``joint``.
+    store : the starting features and, unless ``joint.videos`` names files to decode, the frames.
+    annotations, out, resume, overwrite, device, progress : as for ``train_detector``.
+    memory_bytes : take the mode nearest to a full backward pass whose step fits into this; see
+        :mod:`tad.joint.memory`.
+
+    Returns
+    -------
+    What ``metrics.json`` holds.
+
+    Raises
+    ------
+    RecipeError : what cannot be trained jointly: a detector that refines another run's proposals, one that samples
+        snippets of stage outputs, features that tad did not extract, no mode within the memory.
+    StoreError, AnnotationError, WeightsError, TadError : as ``train_detector``, and where frames are missing.
+    """
+    if isinstance(store, (str, Path)):
+        with open_store(store) as opened:
+            return train_joint(
+                recipe, store=opened, annotations=annotations, out=out, resume=resume, overwrite=overwrite,
+                device=device, progress=progress, memory_bytes=memory_bytes,
+            )  # fmt: skip
+    truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
+    recipe = recipe.model_copy(update={"joint": recipe.joint or JointRecipe()})
+    kind = DETECTORS.get(recipe.detector)
+    if kind is not None and kind.reads_proposals:
+        raise RecipeError(
+            f"'{recipe.detector}' refines the proposals of another run, whose features would be others than its own: "
+            "train that run jointly, extract with --run, and train this one on the features"
+        )
+    source = JointSource(recipe, store, memory_bytes=memory_bytes)
+    path = Path(out)
+    metrics = train_detector(
+        recipe, store=store, annotations=truth, out=path, resume=resume, overwrite=overwrite, device=device,
+        progress=progress, source=source,
+    )  # fmt: skip
+    if source.anew and kind is not None and kind.class_agnostic and recipe.classes.scores is None:
+        with world(device) as processes:
+            processes.on_first(lambda: _classify_trained(path, recipe, store, truth, device, progress or silent))
+    return metrics
+
+
+def _classify_trained(
+    path: Path, recipe: DetectRecipe, store: Store, truth: Truth, device: str | None, progress: ProgressFactory
+) -> None:
+    """Train the classifier of whole videos again, on rows of the trained backbones, which detection will read.
+
+    The one that chose the checkpoint had learnt on the starting features. Nothing is done where that was done already.
+    """
+    run = Run.load(path)
+    inner = path / CLASSIFIER
+    known = read_features(inner, recipe.streams, of="classifier's run") if (inner / "features.json").is_file() else {}
+    same = known and all(known[s]["fingerprint"] == run.features[s]["fingerprint"] for s in recipe.streams)
+    if same and (inner / "metrics.json").is_file():
+        return
+    logger.info("class scores: the classifier learns again, on the features of the trained backbones")
+    with tempfile.TemporaryDirectory(prefix=".rows-", dir=path) as folder:
+        rows = Path(folder) / "rows.zarr"
+        part = [*store.videos(next(iter(run.features)))]
+        write_rows(run, store, rows, videos=[v for v in part if v in set(truth.videos["video"])], device=device)
+        train_classifier(
+            recipe.classes.classifier, streams=recipe.streams, store=rows, annotations=truth, data=recipe.data,
+            seed=recipe.seed, out=inner, resume=bool(same), overwrite=not same, device=device, progress=progress,
+        )  # fmt: skip
+
+
+def write_rows(run: Run, store: Store, into: str | Path, *, videos: Sequence[str], device: str | None = None) -> None:
+    """Extract the features of a joint ``run`` from the frames that it was trained on into the store ``into``.
+
+    Raises :class:`StoreError` where a video has no frames; :class:`WeightsError` where a backbone is gone.
+    """
+    joint = run.recipe.joint
+    if joint is None:
+        raise RecipeError(f"run {run.path} was not trained jointly; use 'tad extract --run'")
+    needs = [LevelSpec(stream) for stream in run.features]
+    sources = open_sources(store, needs, frames=joint.frames, flow_frames=joint.flow_frames, videos=joint.videos)
+    with open_store(into, "a") as made:
+        for name, recipe in feature_recipes(run, weights={}).items():
+            stream = resolve(recipe, name=name, device=pick_device(device))
+            made.create_stream(name, stream.spec, info=stream.info)
+            for video in videos:
+                known = store[name, video]
+                levels = levels_of(StreamRows(stream, batch=joint.chunk), sources[name], video)
+                made.write(
+                    name, video, levels, duration_s=known.duration_s, source=store.attrs(name, video).get("source", {})
+                )
