@@ -157,7 +157,8 @@ def measure_backbone(
 def measure_detector(detector: nn.Module, step: Callable[[], object]) -> DetectorCost:
     """Count what ``detector`` takes in ``step()``, which runs it on a batch up to the loss, for real.
 
-    Its running statistics and torch's random state are put back afterwards.
+    The rows that ``step`` hands it should require a gradient, as those of a backbone do. Its running statistics and
+    torch's random state are put back afterwards.
     """
     buffers = list(detector.buffers())
     before = [buffer.detach().clone() for buffer in buffers]

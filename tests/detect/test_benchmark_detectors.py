@@ -147,13 +147,20 @@ def test_a_ladder_stops_at_its_limit_and_failures_are_listed(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--batch 0", "--repeats 0", "--threads 0", "--device tpu", "--detectors bnm", "--parts all"]
+    ("wrong", "message"),
+    [
+        ("--batch 1 0", "at least 1"),
+        ("--repeats 0", "at least 1"),
+        ("--threads 0", "at least 1"),
+        ("--device tpu", "tpu"),
+        ("--detectors bnm", "bnm"),
+    ],
 )
-def test_wrong_options_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_refused(wrong: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         benchmark.main(wrong.split())
     assert ended.value.code == 2
-    assert wrong.split()[-1] in capsys.readouterr().err or wrong.endswith(" 0")
+    assert message in capsys.readouterr().err
 
 
 def test_processor_time_is_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
