@@ -45,11 +45,12 @@ class JointSource(StoreSource):
     ----------
     recipe : with its section ``joint``.
     store : the features that the training starts from, and the frames unless they are decoded.
+    remarks : for the log, such as what a step will take.
     """
 
-    def __init__(self, recipe: DetectRecipe, store: Store, *, memory_bytes: int | None = None) -> None:
+    def __init__(self, recipe: DetectRecipe, store: Store, *, remarks: Sequence[str] = ()) -> None:
         assert recipe.joint is not None
-        self.recipe, self.store, self.joint, self.memory_bytes = recipe, store, recipe.joint, memory_bytes
+        self.recipe, self.store, self.joint, self.remarks = recipe, store, recipe.joint, list(remarks)
         self.anew = self.joint.mode != "pre-extracted"
         self.features: Mapping[str, Any] = {}
         self.sources: dict[str, FrameSource] = {}
@@ -73,13 +74,13 @@ class JointSource(StoreSource):
         RecipeError, StoreError : no video has frames, or the rows cannot be made of them.
         """
         if not self.anew:
-            return [], []
+            return [], self.remarks
         joint = self.joint
         self.sources = open_sources(
             self.store, needs, frames=joint.frames, flow_frames=joint.flow_frames, videos=joint.videos
         )
         found = check_frames(self.store, needs, self.sources, videos, augmentation=self.augmentation)
-        return found.failures, found.messages
+        return found.failures, [*self.remarks, *found.messages]
 
     def module(
         self,

@@ -23,6 +23,7 @@ from tad.detect.trained_on import read_features
 from tad.errors import RecipeError
 from tad.extract.rows import StreamRows
 from tad.extract.streams import resolve
+from tad.joint.fitting import fitted
 from tad.joint.frames import open_sources
 from tad.joint.source import JointSource, levels_of
 from tad.progress import ProgressFactory, silent
@@ -84,8 +85,14 @@ def train_joint(
             f"'{recipe.detector}' refines the proposals of another run, whose features would be others than its own: "
             "train that run jointly, extract with --run, and train this one on the features"
         )
-    source = JointSource(recipe, store, memory_bytes=memory_bytes)
     path = Path(out)
+    remarks: list[str] = []
+    if resume and (path / "recipe.yaml").is_file():  # as it was begun, whatever fitted then
+        begun = Run.load(path).recipe.joint
+        recipe = recipe if begun is None or memory_bytes is None else recipe.model_copy(update={"joint": begun})
+    else:
+        recipe, remarks = fitted(recipe, store, truth, memory_bytes=memory_bytes)
+    source = JointSource(recipe, store, remarks=remarks)
     metrics = train_detector(
         recipe, store=store, annotations=truth, out=path, resume=resume, overwrite=overwrite, device=device,
         progress=progress, source=source,

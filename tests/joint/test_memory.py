@@ -375,6 +375,20 @@ def test_a_stream_without_clips_is_refused() -> None:
         estimate([StreamCost(COST, 0, 0)], samples=1, mode="full", ratio=1, checkpoint=False, chunk=1, detector=HEAD)
 
 
+@pytest.mark.parametrize(
+    ("size", "stages", "published_gb"), [(224, 2, {0.3: 11, 1.0: 34.3}), (112, 2, {1.0: 9.1}), (112, 1, {1.0: 17.0})]
+)
+def test_etads_published_memory(size: int, stages: int, published_gb: dict[float, float]) -> None:
+    """Tables 1 and 13 of ETAD, a video of 128 snippets of 8 frames through TSM; its detector takes 1.2 GB at most."""
+    cost = measure_backbone(partly_frozen("tsm-r50", stages), clip=(3, 8, size, size))
+    stream = StreamCost(cost, clips=128, frame_bytes=128 * 8 * 3 * size * size)
+    for ratio, gb in published_gb.items():
+        found = estimate(
+            [stream], samples=1, mode="egs", ratio=ratio, checkpoint=False, chunk=8, detector=DetectorCost(0, 0, 0)
+        )
+        assert found.total / 1e9 == pytest.approx(gb, rel=0.1)
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 STREAMS = [StreamCost(COST, clips=12, frame_bytes=100)]
