@@ -73,38 +73,55 @@ def boundary_max_pool(
     -------
     (B, C, N).
     """
-    batch, channels = features.shape[:2]
+    batch, channels, length = features.shape
     if channels % 2:
         raise RecipeError(f"boundary pooling halves the channels; {channels} is odd")
     segments = segments.detach()
     first, last = boundary_windows(segments, rows.expand(segments.shape[:2]), inner=inner, outer=outer)  # (B, N, 2)
     if begin is not None:
         first, last = first + begin[:, None], last + begin[:, None]
-    halves = features.unflatten(1, (2, -1)).flatten(0, 1).transpose(1, 2)  # (2 B, T, C / 2)
     longest = int((last - first).max()) + 1 if first.numel() else 1
-    which = torch.arange(2 * batch, device=features.device).view(batch, 1, 2).expand_as(first)  # (B, N, 2)
-    ranges = which.flatten(), first.flatten(), last.flatten() + 1
+    flat = features.transpose(1, 2).flatten(0, 1)  # (B T, C), all samples one behind the other
+    sample = torch.arange(batch, device=features.device)[:, None, None] * length
+    first, last = (first + sample).flatten(0, 1), (last + sample).flatten(0, 1)  # (B N, 2)
     if features.dtype == torch.float64:
-        pooled = RangeMaxima(halves, longest=longest)(*ranges)  # (B N 2, C / 2)
+        both = torch.zeros_like(first).flatten(), first.flatten(), last.flatten() + 1
+        pooled = RangeMaxima(flat[None], longest=longest)(*both).view(
+            -1, 2, 2, channels // 2
+        )  # every half for both ends
+        pooled = pooled.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B N, 2, C / 2)
     else:
-        row = rows_of_maxima(halves, longest=longest, ranges=ranges)  # (B N 2, C / 2)
-        row = row.view(batch, -1, 2, channels // 2).transpose(1, 2).flatten(0, 1)  # (2 B, N, C / 2)
-        pooled = halves.gather(1, row).unflatten(0, (batch, 2)).transpose(1, 2)
+        pooled = flat.flatten().index_select(0, places_of_maxima(flat, first, last, longest=longest).flatten())
     return pooled.reshape(batch, -1, channels).transpose(1, 2)  # (B, C, N)
 
 
 @torch.no_grad()
-def rows_of_maxima(rows: Tensor, *, longest: int, ranges: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """In which row the maxima of :class:`RangeMaxima` lie, the first of several: (B, T, C) → (N, C) int64.
+def places_of_maxima(rows: Tensor, first: Tensor, last: Tensor, *, longest: int) -> Tensor:
+    """Where in ``rows`` (R, C), flattened, the maxima over ranges of rows lie, of several the first: (M, C) int64.
 
-    A key holds the value in its upper half, as an integer of the same order, and the row in its lower half: the table
-    is one of keys, and the gradient of a maximum goes back to one row instead of through every level of the table.
+    The channels are H equal parts, each with a range of its own: ``first`` and ``last`` (M, H) are rows, inclusive, and
+    ``longest`` is the largest of these ranges. As :class:`tad.detect.pooling.RangeMaxima`, but over keys, which hold
+    the value in the upper half, as an integer of the same order, and the place in the lower half: so the gradient of a
+    maximum goes back to one place instead of through every level of the table.
     """
+    count, channels = rows.shape
+    parts, end, device = first.shape[1], rows.numel() - 1, rows.device
     bits = rows.float().contiguous().view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # negative floats grow as their bits shrink
-    last = rows.shape[1] - 1
-    keys = (ordered << 32) | (last - torch.arange(last + 1, device=rows.device))[:, None]
-    return last - (RangeMaxima(keys, longest=longest)(*ranges) & 0xFFFFFFFF)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats grow as their bits shrink
+    runs = 2 ** torch.arange(longest.bit_length(), device=device)
+    table = torch.empty(len(runs), count, channels, dtype=torch.int64, device=device)  # level k: maxima of 2**k rows
+    torch.add(torch.arange(end, -1, -1, device=device).view_as(rows), ordered, alpha=1 << 32, out=table[0])
+    for k in range(1, len(runs)):
+        run = 2 ** (k - 1)
+        starts = count - 2 * run + 1
+        torch.maximum(table[k - 1, :starts], table[k - 1, run : run + starts], out=table[k, :starts])
+    level = torch.bucketize(last - first + 1, runs, right=True) - 1  # (M, H)
+    part, entries = torch.arange(parts, device=device), table.view(-1, channels // parts)
+    left, right = (
+        entries.index_select(0, ((level * count + row) * parts + part).flatten())
+        for row in (first, last + 1 - runs[level])
+    )
+    return end - (torch.maximum(left, right).view(-1, channels) & 0xFFFFFFFF)
 
 
 class BoundaryMaxPooling(nn.Module):

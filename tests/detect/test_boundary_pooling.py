@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from tad.detect.boundary_pooling import BoundaryMaxPooling, boundary_max_pool, boundary_windows, rows_of_maxima
+from tad.detect.boundary_pooling import BoundaryMaxPooling, boundary_max_pool, boundary_windows, places_of_maxima
 from tad.errors import RecipeError
 
 
@@ -112,15 +112,28 @@ def test_equal_rows_share_their_gradient_as_one():
     assert features.grad[0, 0, 3] == features.grad[0, 1, 20] == 1
 
 
-def test_rows_of_maxima_orders_every_float_as_itself():
-    values = torch.tensor([-3.5, -0.0, 0.0, 1e-40, -1e-40, 2.5, 2.5, -1e30, 1e30])
+def test_places_of_maxima_order_every_float_as_itself():
+    values = torch.tensor([-3.5, -0.0, 0.0, 1e-40, -1e-40, 2.5, 2.5, -1e30, 1e30, -math.inf, math.inf])
     for n in range(len(values)):
-        rows = values.roll(n)[None, :, None]
-        row = rows_of_maxima(
-            rows, longest=9, ranges=(torch.zeros(8, dtype=torch.long), torch.arange(8), torch.arange(8) + 2)
-        )
-        pairs = zip(rows[0, :-1, 0], rows[0, 1:, 0], rows[0, row[:, 0], 0], strict=True)
+        rows = values.roll(n)[:, None]
+        first = torch.arange(10)[:, None]
+        place = places_of_maxima(rows, first, first + 1, longest=2)
+        pairs = zip(rows[:-1, 0], rows[1:, 0], rows[place[:, 0], 0], strict=True)
         assert all(found == max(a, b) for a, b, found in pairs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_places_of_maxima_equal_a_loop(parts):
+    generator = torch.Generator().manual_seed(parts)
+    rows = torch.randint(-3, 4, (23, 6), generator=generator).float()  # many are equal: the first counts
+    first = torch.randint(0, 23, (40, parts), generator=generator)
+    last = first + (torch.rand(40, parts, generator=generator) * (23 - first)).long()
+    found = places_of_maxima(rows, first, last, longest=int((last - first).max()) + 1)
+    for m in range(40):
+        for c in range(6):
+            part = c // (6 // parts)
+            window = rows[first[m, part] : last[m, part] + 1, c].tolist()
+            assert found[m, c] == (int(first[m, part]) + window.index(max(window))) * 6 + c
 
 
 def test_gradient_is_that_of_the_values():

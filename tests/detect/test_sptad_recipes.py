@@ -56,7 +56,7 @@ def test_recipes_differ_from_the_paper_where_they_say() -> None:
         "thumos14-table8-clip-320": {"rows": 160},
     }.items():
         assert model(name) == {**base.model, **changes}
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 14
 
 
 def test_defaults_build() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tad.detect.boundary_pooling import boundary_max_pool
+from tad.detect.detectors.talmts_convolution import convolve
 from tad.detect.norms import MaskedGroupNorm
 from tad.errors import RecipeError
 
@@ -74,11 +75,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, levels: Levels) -> Tensor:
         """(B, C, N) → (B, out, N)."""
-        if self.conv.kernel_size == (1,):  # a plain product is several times as fast on a CPU
-            assert self.conv.bias is not None
-            y = torch.matmul(self.conv.weight[..., 0], x) + self.conv.bias[:, None]
-        else:
-            y = self.conv(x)
+        assert self.conv.bias is not None
+        y = convolve(x, self.conv.weight, self.conv.bias)
         parts = [
             self.norm(part, mask) if mask is None else self.norm(part, mask) * mask
             for part, mask in zip(levels.split(y), levels.masks, strict=True)
@@ -123,7 +121,11 @@ class Lateral(nn.Module):
                 "the store holds in level_channels, such as {s4-map: [832, 6, 6]}"
             )
         x = x.masked_fill(~mask.view(len(mask), 1, -1, *[1] * (x.ndim - 3)), 0.0)
-        y = self.conv(x if x.ndim == 5 else x[..., None, None])[..., 0, 0]
+        if shape[1:] in ((), (1, 1)):  # several times as fast as a convolution in three dimensions
+            assert self.conv.bias is not None
+            y = convolve(x.flatten(2), self.conv.weight[..., 0, 0], self.conv.bias)
+        else:
+            y = self.conv(x)[..., 0, 0]
         return F.relu(self.norm(y, padding_of(mask))) * mask[:, None]
 
 
