@@ -15,9 +15,9 @@ from tad.annotations import read_truth, write_predictions, write_video_scores
 from tad.cli import main
 from tad.detect import detect, infer, prepare, resuppress, train_detector
 from tad.detect.fuse import Ensemble, fuse
+from tad.detect.holdout import one_class
 from tad.detect.interface import Segments
 from tad.detect.raw import MapView, Raw, RawMaps, load_maps, load_raw, save_maps, save_raw
-from tad.detect.train import one_class
 from tad.detect.video_classifier import VideoClassifier
 from tad.errors import AnnotationError, RecipeError
 from tad.recipe import ClassesRecipe, DetectRecipe, PostprocessRecipe

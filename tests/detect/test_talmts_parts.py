@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tad.detect.detectors.talmts_convolution import NARROW, convolve
 from tad.detect.detectors.talmts_frames import (
     FrameSelfAttention,
     PatchEmbedding,
@@ -49,41 +48,6 @@ def test_levels_lie_one_behind_the_other():
     joined = levels.joined(parts)
     assert not joined[..., [6, 10, 13]].any()
     assert all(torch.equal(a, b) for a, b in zip(levels.split(joined), parts, strict=True))
-
-
-@pytest.mark.parametrize("rows", [1, 2, 9])
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
-@pytest.mark.parametrize("out", [3, NARROW])
-def test_convolution_and_its_gradients_are_those_of_conv1d(out, kernel, rows):
-    generator = torch.Generator().manual_seed(rows)
-    shapes = ((3, 4, rows), (out, 4, kernel), (out,), (3, out, rows))
-    *inputs, slope = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    found = []
-    for function in (convolve, lambda x, w, b: F.conv1d(x, w, b, padding=kernel // 2)):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        y = function(*leaves)
-        y.backward(slope)
-        found.append([y, *(leaf.grad for leaf in leaves)])
-    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(*found, strict=True))
-    apart = convolve(inputs[0].transpose(1, 2).contiguous().transpose(1, 2), *inputs[1:])  # not contiguous
-    assert torch.allclose(apart, found[0][0], atol=1e-11)
-
-
-def test_convolution_keeps_samples_apart_and_halves_under_autocast():
-    x, weight, bias = torch.randn(3, NARROW, 9), torch.randn(NARROW, NARROW, 3), torch.randn(NARROW)
-    broken = x.clone()
-    broken[1] = float("nan")
-    found = convolve(broken, weight, bias)
-    assert torch.equal(found[::2], convolve(x, weight, bias)[::2])
-    assert found[1].isnan().all()
-    leaf = weight.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = convolve(x, leaf, bias)
-    half.float().sum().backward()
-    assert half.dtype == torch.bfloat16
-    assert torch.allclose(half.float(), convolve(x, weight, bias), atol=1.0, rtol=0.05)
-    assert leaf.grad.dtype == torch.float32
-    assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -519,3 +483,12 @@ def test_boundary_supervision_equals_a_loop():
     dead = torch.zeros(1, 4, 8, requires_grad=True)
     boundary_loss(dead, masks_of(8, total=8), [torch.tensor([[2.0, 6.0]])], scale=1, least=2.0).backward()
     assert dead.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((5,), 1), ((5,), 3), ((4, 3, 2), 1), ((4, 3, 2), 3)])
+def test_a_lateral_convolution_is_that_of_three_dimensions(shape, kernel):
+    torch.manual_seed(0)
+    lateral = Lateral(shape, 8, kernel=kernel, groups=2).double()
+    x = torch.randn(2, shape[0], 6, *shape[1:], dtype=torch.float64)
+    expected = lateral.conv(x if len(shape) == 3 else x[..., None, None])[..., 0, 0]
+    assert torch.allclose(lateral._collapsed(x), expected, atol=1e-12)

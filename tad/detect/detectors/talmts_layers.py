@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tad.detect.boundary_pooling import boundary_max_pool
-from tad.detect.detectors.talmts_convolution import convolve
 from tad.detect.norms import MaskedGroupNorm
 from tad.errors import RecipeError
 
@@ -75,8 +74,11 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, levels: Levels) -> Tensor:
         """(B, C, N) → (B, out, N)."""
-        assert self.conv.bias is not None
-        y = convolve(x, self.conv.weight, self.conv.bias)
+        if self.conv.kernel_size == (1,):  # a plain product is several times as fast on a CPU
+            assert self.conv.bias is not None
+            y = torch.matmul(self.conv.weight[..., 0], x) + self.conv.bias[:, None]
+        else:
+            y = self.conv(x)
         parts = [
             self.norm(part, mask) if mask is None else self.norm(part, mask) * mask
             for part, mask in zip(levels.split(y), levels.masks, strict=True)
@@ -121,12 +123,19 @@ class Lateral(nn.Module):
                 "the store holds in level_channels, such as {s4-map: [832, 6, 6]}"
             )
         x = x.masked_fill(~mask.view(len(mask), 1, -1, *[1] * (x.ndim - 3)), 0.0)
-        if shape[1:] in ((), (1, 1)):  # several times as fast as a convolution in three dimensions
-            assert self.conv.bias is not None
-            y = convolve(x.flatten(2), self.conv.weight[..., 0, 0], self.conv.bias)
-        else:
-            y = self.conv(x)[..., 0, 0]
+        y = self._collapsed(x)
         return F.relu(self.norm(y, padding_of(mask))) * mask[:, None]
+
+
+    def _collapsed(self, x: Tensor) -> Tensor:
+        """The convolution, (B, C, T, ..) → (B, out, T). Its kernel is as high and wide as the map, so that it is one in
+        time over C·H·W channels, or a product: ``Conv3d`` itself is several times as slow on CPUs.
+        """
+        flat = x.flatten(3).movedim(3, 2).flatten(1, 2) if x.ndim == 5 else x  # (B, C·H·W, T)
+        weight = self.conv.weight.movedim(2, -1).flatten(1, -2)  # (out, C·H·W, kernel)
+        if weight.shape[2] == 1:
+            return F.linear(flat.transpose(1, 2), weight[..., 0], self.conv.bias).transpose(1, 2)
+        return F.conv1d(flat, weight, self.conv.bias, padding=weight.shape[2] // 2)
 
 
 def upsampled(x: Tensor, mask: Tensor, *, factor: int, rows: int, mode: Interpolation) -> Tensor:
