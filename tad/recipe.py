@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -275,8 +275,14 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
     node: Any = model
     for part in location:
         field = node.model_fields.get(str(part)) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        node = None if field is None else field.annotation
+        node = None if field is None else _model_in(field.annotation)
     return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model of an annotation such as ``JointRecipe | None``; any other annotation as it is."""
+    models = [one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
+    return models[0] if models else annotation
 
 
 def dump_yaml(recipe: BaseModel) -> str:

@@ -38,6 +38,7 @@ def test_sets_do_not_touch_what_they_were_given() -> None:
     [
         (["train.epoch=3"], ["train.epoch", "Did you mean 'epochs'?"]),
         (["trian.epochs=3"], ["trian", "Did you mean 'train'?"]),
+        (["joint.rati=1"], ["joint.rati", "Did you mean 'ratio'?"]),
         (["train.lr=fast"], ["train.lr", "number"]),
         (["train.lr=-1"], ["train.lr", "greater than 0"]),
         (["train"], ["key=value"]),

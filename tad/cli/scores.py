@@ -147,7 +147,7 @@ def one_class(truth: Any) -> Any:
     """The truth with all actions of one class."""
     from dataclasses import replace
 
-    from tad.detect.train import one_class
+    from tad.detect.holdout import one_class
 
     return replace(truth, segments=one_class(truth.segments))
 

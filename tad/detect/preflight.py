@@ -92,10 +92,12 @@ class TrainingSet:
         counts = self.counts | {"train_videos": len(train), "holdout_videos": len(holdout)}
         counts["segments"] = sum(len(truth.labels) for truth in train.values())
         counts["broken_videos"] = counts.get("broken_videos", 0) + len(lost)
-        if self.starts:
+        if "windows" in counts:
             counts["windows"] = sum(len(self.starts[video]) for video in train)
         if not train or (self.holdout and not holdout):
             raise StoreError(f"no {'held-out' if train else 'training'} video is left; the first says: {failures[0]}")
+        if counts["segments"] == 0 or counts.get("windows") == 0:
+            raise StoreError(f"no training video with segments is left; the first says: {failures[0]}")
         return replace(self, train=train, holdout=holdout, failures=[*self.failures, *failures], counts=counts)
 
     def holdout_truth(self, plan: Plan) -> pd.DataFrame:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from tad.detect.detectors import DETECTORS
 from tad.detect.infer import Found, by_video, check_same_features, find_proposals
 from tad.detect.preflight import Failure, shown
 from tad.detect.raw import Raw, load_raw, save_raw
-from tad.detect.runs import CLASSIFIER, PROPOSALS, Run, copy_run
+from tad.detect.runs import CLASSIFIER, PROPOSALS, Run, copy_run, sha256_of, trained_weights
 from tad.detect.video_scores import keep_scores, read_scores
 from tad.errors import AnnotationError, RecipeError, WeightsError
 from tad.progress import ProgressFactory
@@ -67,20 +68,38 @@ def check_recipe(recipe: DetectRecipe, store: Store) -> None:
                 raise WeightsError(f"proposals.run {part.path} has no best.safetensors: the file was removed")
 
 
-def check_place(recipe: DetectRecipe, path: Path, *, begun: bool) -> None:
-    """Raise :class:`RecipeError` where the recipe names something inside the run at ``path``, which is about to be
+def check_place(
+    recipe: DetectRecipe, path: Path, *, features: Mapping[str, Mapping[str, Any]], store: Store, begun: bool
+) -> None:
+    """Raise :class:`RecipeError` where the training needs something inside the run at ``path``, which is about to be
     written anew, or where other files stand in the way; ``begun``: what is prepared there already stays.
+
+    ``features`` says how those in ``store`` were made: of backbones in ``path``, which are removed, no row could be
+    made again.
     """
     inner = path / CLASSIFIER
     if not begun and DETECTORS[recipe.detector].class_agnostic and recipe.classes.scores is None and inner.is_dir():
         names = sorted(file.name for file in inner.iterdir())
         if other := [n for n in names if n not in CLASSIFIER_FILES and not is_temporary(n, files=CLASSIFIER_FILES)]:
             raise RecipeError(f"{inner}, where a classifier will be trained, holds {shown(other)}: move it elsewhere")
-    for key, given in (("proposals.run", recipe.proposals.run), ("classes.scores", recipe.classes.scores)):
+    named = [("proposals.run", recipe.proposals.run), ("classes.scores", recipe.classes.scores)]
+    named += [("store", str(store.path))] if Path(store.path).exists() else []  # not one at a URL
+    named += [(f"the backbone of stream '{s}'", _weights_inside(known, path)) for s, known in features.items()]
+    for key, given in named:
         if given is not None and Path(given).resolve().is_relative_to(path.resolve()):
             raise RecipeError(
                 f"{key} {given} is part of the run {path} that is to be written: move or copy it elsewhere"
             )
+
+
+def _weights_inside(features: Mapping[str, Any], path: Path) -> str | None:
+    """The file in the run at ``path`` that holds the backbone of these features, None where it lies elsewhere too."""
+    source, weights = features.get("weights_source"), features["spec"].get("weights")
+    recorded = Path(source.rpartition("=")[2]) if isinstance(source, str) else None  # NAME=FILE is FILE
+    if recorded is not None and recorded.is_file():
+        return str(recorded)
+    digest = str(weights).removeprefix("sha256:")
+    return next((str(file) for file in trained_weights(path) if sha256_of(file) == digest), None)
 
 
 def check_class_scores(recipe: DetectRecipe, *, classes: Sequence[str], holdout: Sequence[str]) -> list[str]:

@@ -10,19 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs
-from tad.detect.data import EpochLoader, epoch_steps, with_proposals
+from tad.detect.data import EpochLoader, epoch_steps
 from tad.detect.detectors import DETECTORS, build_detector
-from tad.detect.infer import decoded_videos, detections, table_of
-from tad.detect.interface import Segments
-from tad.detect.postprocess import suppress_all
+from tad.detect.holdout import evaluate_held_out
 from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
 from tad.detect.prepare import Prepared, check_class_scores, check_place, check_recipe, prepare
-from tad.detect.raw import Raw
 from tad.detect.runs import (
     Run,
     describe_differences,
@@ -45,9 +39,7 @@ from tad.detect.runs import (
 from tad.detect.source import StoreSource
 from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
-from tad.detect.windows import read_for_views
 from tad.errors import RecipeError, StoreError, TadError
-from tad.evaluate import detection_map
 from tad.progress import ProgressFactory, silent
 from tad.recipe import DetectRecipe, validated
 from tad.store import Store, open_store
@@ -56,8 +48,6 @@ from tad.training.optim import check_training, lr_factor, set_lr
 from tad.training.rng import random_state, seed_all, set_random_state
 
 logger = logging.getLogger("tad.detect")
-TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # whose average mAP on the held-out videos chooses the checkpoint
-NOTHING = (np.zeros((0, 2)), np.zeros(0))  # proposals of a video that has none
 MAY_CHANGE = ("data.workers",)  # keys that a resumed training may have otherwise: they do not touch its result
 
 
@@ -186,17 +176,19 @@ def _train(
     data = read_training(plan, recipe, store, detector.needs, progress)
     lacking, remarks = source.lacking(detector.needs, [*data.train, *data.holdout])
     data = data.without(lacking)
+    if lacking and recipe.train.select == "map" and data.holdout_truth(plan).empty:
+        raise StoreError(f"no held-out video with segments is left to choose by; the first says: {lacking[0]}")
     if len(set(processes.gathered((tuple(data.train), tuple(data.holdout))))) > 1:
         raise StoreError(f"store {store.path}: not every process could read the same videos; run 'tad store verify'")
     notes = list(remarks)
     if not resuming:
         notes += check_class_scores(recipe, classes=plan.classes, holdout=data.holdout)
-        processes.on_first(lambda: check_place(recipe, path, begun=begun))
     video = next(iter(data.train))
     features = described_features(store, plan.channels, video=video, row_spacing=recipe.data.row_spacing)
-    module = source.module(
-        detector, features=features, path=path, processes=processes, videos=list(data.train)
-    ).to(processes.device)
+    if not resuming:
+        processes.on_first(lambda: check_place(recipe, path, features=features, store=store, begun=begun))
+    module = source.module(detector, features=features, path=path, processes=processes, videos=list(data.train))
+    module = module.to(processes.device)
     trainer = Trainer(module, recipe.train, processes, parts=source.parts(module, recipe.train))
     state = read_state(path / "resume.pt") if resuming else None
     if state is not None:
@@ -299,62 +291,13 @@ def _epochs(
             row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, **_means(processes.gathered(sums), len(dataset))}
             due = (epoch + 1) % training.eval_every == 0 or epoch + 1 == training.epochs
             if due and len(data.holdout_truth(plan)):
-                row |= _evaluate(trainer, recipe, plan, data, prepared, source, store)
+                row |= evaluate_held_out(trainer, recipe, plan, data, prepared, source, store)
             row["seconds"] = round(time.perf_counter() - begin, 3)
             trainer.history.append(row)
             trainer.epoch = epoch + 1
             _save(trainer, recipe, data, source, path)
             told = (f"{k} {v:.4g}" for k, v in row.items() if k != "epoch" and not k.startswith("map_"))
             log(f"epoch {epoch + 1}/{training.epochs}: {', '.join(told)}")
-
-
-def _evaluate(
-    trainer: Trainer,
-    recipe: DetectRecipe,
-    plan: Plan,
-    data: TrainingSet,
-    prepared: Prepared,
-    source: StoreSource,
-    store: Store,
-) -> dict[str, float]:
-    """mAP on the held-out videos, each process detecting in its share of them.
-
-    Of a class-agnostic detector ``proposal_map`` is its mAP as if there were one class, ``average_map`` that with the
-    classes of whole videos.
-    """
-    processes = trainer.processes
-    module = trainer.judged
-    module.eval()
-    needs = trainer.detector.needs
-    mine, size = data.holdout[processes.rank :: processes.size], recipe.train.batch_videos
-    found: list[Segments] = []
-    for group in (mine[i : i + size] for i in range(0, len(mine), size)):
-        samples = [data.cache.get(v) or read_for_views(store, needs, v, recipe.data) for v in group]
-        samples = [source.whole(module, sample) for sample in samples]
-        if prepared.proposals is not None:
-            samples = [with_proposals(s, prepared.proposals.get(s.video, NOTHING)) for s in samples]
-        found += decoded_videos(source.detector(module), samples, recipe.data, device=processes.device)
-    agnostic = module.class_agnostic
-    raw = Raw(found, plan.classes, agnostic, prepared.class_scores, recipe)
-    tables = {"average_map": detections(raw)[0]}
-    if agnostic:
-        tables["proposal_map"] = table_of(suppress_all(found, recipe.postprocess), None).assign(label="action")
-    truth = data.holdout_truth(plan)
-    every = processes.gathered(tables)
-
-    def score() -> dict[str, float]:
-        row: dict[str, float] = {}
-        for name in tables:
-            parts = [part[name] for part in every]
-            table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-            known = truth if name == "average_map" else one_class(truth)
-            result = detection_map(known, table, tiou=TIOU)
-            row[name] = float(result.average)
-            if name == "average_map":
-                row |= {f"map_{t:g}": float(v) for t, v in result.map.items()}
-        return row
-
-    return processes.on_first(score)
 
 
 def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, source: StoreSource, path: Path) -> None:
@@ -430,11 +373,6 @@ def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[
         "seconds": round(sum(row["seconds"] for row in trainer.history), 3),
         "counts": data.counts,
     }
-
-
-def one_class(truth: pd.DataFrame) -> pd.DataFrame:
-    """True segments as if there were one class; what had several is one segment then."""
-    return truth.assign(label="action").drop_duplicates(["video", "start_s", "end_s"], ignore_index=True)
 
 
 def _means(by_process: list[dict[str, float]], videos: int) -> dict[str, float]:

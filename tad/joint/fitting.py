@@ -47,6 +47,8 @@ def fitted(
     RecipeError : no mode fits. StoreError, AnnotationError, WeightsError : as training would raise.
     """
     joint = recipe.joint or JointRecipe()
+    if memory_bytes is None and joint.mode == "pre-extracted":
+        return recipe, []  # as for two stages, whose store need not have frames
     plan = plan_training(recipe, store, truth)
     full = resolved(recipe, plan, store)
     kept = random_state()

@@ -56,10 +56,10 @@ class JointModel(Detector):
         self.encoders = nn.ModuleList(encoders.values())  # a stream's name need not be a module's
         self.joint, self.feature_dropout, self.banks = joint, feature_dropout, dict(banks or {})
         self.needs = detector.needs
-        read = [need for need in detector.needs if need.stream in encoders]
-        self.in_one_pass = any(need.level != "features" for need in read)
-        if self.in_one_pass and (joint.mode == "bank" or (joint.mode == "egs" and 0 < joint.ratio < 1)):
-            levels = ", ".join(need.key for need in read if need.level != "features")
+        read = [need for need in detector.needs if need.stream in encoders and need.level != "features"]
+        self.in_one_pass = frozenset(need.stream for need in read)  # the other streams are snippets
+        if read and (joint.mode == "bank" or (joint.mode == "egs" and 0 < joint.ratio < 1)):
+            levels = ", ".join(need.key for need in read)
             raise RecipeError(
                 f"joint.mode={joint.mode} samples snippets, but this detector reads stage outputs ({levels}) of one "
                 "pass over its window: take joint.mode=full (with joint.checkpoint=true where memory is short), or "
@@ -81,7 +81,7 @@ class JointModel(Detector):
         for stream, encoder in zip(self.streams, self.encoders, strict=True):
             assert isinstance(encoder, Encoder)
             clips = batch.clips[stream]
-            if self.in_one_pass:
+            if stream in self.in_one_pass:
                 rows |= self._of_passes(encoder, stream, clips, batch)
             else:
                 rows[stream] = side_by_side(self._of_snippets(encoder, stream, clips, batch), clips, batch.mask)

@@ -21,10 +21,10 @@ from tad.detect.trained_on import check_features
 from tad.errors import RecipeError
 from tad.extract.backbones import build_backbone
 from tad.extract.rows import StreamRows
-from tad.extract.streams import Stream, resolve
+from tad.extract.streams import AUTOCAST, Stream, resolve
 from tad.joint.augment import Augmentation
 from tad.joint.bank import FeatureBank
-from tad.joint.dataset import JointDataset, check_frames, collate, row_positions, snippet_clips
+from tad.joint.dataset import JointDataset, check_frames, check_joint, collate, row_positions, snippet_clips
 from tad.joint.encoder import Encoder
 from tad.joint.frames import FrameSource, open_sources
 from tad.joint.freezing import freeze
@@ -79,6 +79,7 @@ class JointSource(StoreSource):
         self.sources = open_sources(
             self.store, needs, frames=joint.frames, flow_frames=joint.flow_frames, videos=joint.videos
         )
+        check_joint(needs, self.recipe.data, self.sources)
         found = check_frames(self.store, needs, self.sources, videos, augmentation=self.augmentation)
         return found.failures, [*self.remarks, *found.messages]
 
@@ -113,7 +114,8 @@ class JointSource(StoreSource):
             encoders[stream] = Encoder(
                 backbone=backbone, keys=levels, chunk=self.joint.chunk, checkpoint=self.joint.checkpoint
             )
-            self.streams[stream] = resolve(recipe, name=stream, device=processes.device)
+            # one backbone is enough: the network that is trained takes the place of this one
+            self.streams[stream] = replace(resolve(recipe, name=stream), backbone=backbone, device=processes.device)
         if self.joint.mode == "bank":
             self.banks = {stream: FeatureBank((v, self._stored(stream, v)) for v in videos) for stream in encoders}
         return JointModel(
@@ -188,8 +190,12 @@ class JointSource(StoreSource):
         needs = [LevelSpec(stream, layout="rescaled", rows=sample.rows)]
         at = row_positions(self.store, needs, sample.video).features[stream][:, 0]
         clips = snippet_clips(self.sources[stream], sample.video, at).to(self.streams[stream].device)
-        with torch.inference_mode():
-            made = encoder(clips.frames, clips.index)["features"].cpu().numpy()  # (U, D)
+        precision = AUTOCAST[self.streams[stream].recipe.precision]
+        autocast = torch.autocast(
+            clips.frames.device.type, dtype=precision or torch.bfloat16, enabled=precision is not None
+        )
+        with torch.inference_mode(), autocast:
+            made = encoder(clips.frames, clips.index)["features"].float().cpu().numpy()  # (U, D)
         low = np.floor(clips.place.cpu().numpy()).astype(int)
         part = (clips.place.cpu().numpy() - low)[:, None]
         high = np.minimum(low + 1, len(made) - 1)

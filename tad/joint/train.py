@@ -7,6 +7,7 @@ network) and ``gradient_sampling.py`` (Algorithm 1 of ETAD).
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from tad.apply import feature_recipes
 from tad.detect.classifier_train import train_classifier
 from tad.detect.detectors import DETECTORS
 from tad.detect.interface import LevelSpec
+from tad.detect.preflight import Failure, plan_training
 from tad.detect.runs import CLASSIFIER, Run
 from tad.detect.train import train_detector
 from tad.detect.trained_on import read_features
-from tad.errors import RecipeError
+from tad.errors import RecipeError, StoreError, VideoError
 from tad.extract.rows import StreamRows
 from tad.extract.streams import resolve
 from tad.joint.fitting import fitted
@@ -32,6 +34,7 @@ from tad.store import Store, open_store
 from tad.training.distributed import pick_device, world
 
 logger = logging.getLogger("tad.joint")
+ROWS = ".rows-"  # how a folder of rows begins that a classifier learns from, and that is removed after it
 
 
 def train_joint(
@@ -87,18 +90,18 @@ def train_joint(
         )
     path = Path(out)
     remarks: list[str] = []
-    if resume and (path / "recipe.yaml").is_file():  # as it was begun, whatever fitted then
+    if resume and (path / "features.json").is_file():  # as it was begun, whatever fitted then
         begun = Run.load(path).recipe.joint
         recipe = recipe if begun is None or memory_bytes is None else recipe.model_copy(update={"joint": begun})
     else:
         recipe, remarks = fitted(recipe, store, truth, memory_bytes=memory_bytes)
     source = JointSource(recipe, store, remarks=remarks)
-    metrics = train_detector(
-        recipe, store=store, annotations=truth, out=path, resume=resume, overwrite=overwrite, device=device,
-        progress=progress, source=source,
-    )  # fmt: skip
-    if source.anew and kind is not None and kind.class_agnostic and recipe.classes.scores is None:
-        with world(device) as processes:
+    with world(device) as processes:  # joined once: processes that parted do not find each other again
+        metrics = train_detector(
+            recipe, store=store, annotations=truth, out=path, resume=resume, overwrite=overwrite, device=device,
+            progress=progress, source=source,
+        )  # fmt: skip
+        if source.anew and kind is not None and kind.class_agnostic and recipe.classes.scores is None:
             processes.on_first(lambda: _classify_trained(path, recipe, store, truth, device, progress or silent))
     return metrics
 
@@ -110,40 +113,53 @@ def _classify_trained(
 
     The one that chose the checkpoint had learnt on the starting features. Nothing is done where that was done already.
     """
-    run = Run.load(path)
-    inner = path / CLASSIFIER
+    run, inner = Run.load(path), path / CLASSIFIER
+    for left in path.glob(f"{ROWS}*"):  # of a training that was killed
+        shutil.rmtree(left)
     known = read_features(inner, recipe.streams, of="classifier's run") if (inner / "features.json").is_file() else {}
     same = known and all(known[s]["fingerprint"] == run.features[s]["fingerprint"] for s in recipe.streams)
     if same and (inner / "metrics.json").is_file():
         return
     logger.info("class scores: the classifier learns again, on the features of the trained backbones")
-    with tempfile.TemporaryDirectory(prefix=".rows-", dir=path) as folder:
+    plan = plan_training(recipe, store, truth)
+    with tempfile.TemporaryDirectory(prefix=ROWS, dir=path) as folder:
         rows = Path(folder) / "rows.zarr"
-        part = [*store.videos(next(iter(run.features)))]
-        write_rows(run, store, rows, videos=[v for v in part if v in set(truth.videos["video"])], device=device)
+        for failure in write_rows(run, store, rows, videos=[*plan.train, *plan.holdout], device=device):
+            logger.warning("left out: %s", failure)
         train_classifier(
             recipe.classes.classifier, streams=recipe.streams, store=rows, annotations=truth, data=recipe.data,
             seed=recipe.seed, out=inner, resume=bool(same), overwrite=not same, device=device, progress=progress,
         )  # fmt: skip
 
 
-def write_rows(run: Run, store: Store, into: str | Path, *, videos: Sequence[str], device: str | None = None) -> None:
+def write_rows(
+    run: Run, store: Store, into: str | Path, *, videos: Sequence[str], device: str | None = None
+) -> list[Failure]:
     """Extract the features of a joint ``run`` from the frames that it was trained on into the store ``into``.
 
-    Raises :class:`StoreError` where a video has no frames; :class:`WeightsError` where a backbone is gone.
+    Returns the videos whose frames are missing or cannot be read, of which it then lacks streams.
+
+    Raises
+    ------
+    RecipeError : a run that was not trained jointly. WeightsError : a backbone is gone.
+    StoreError : there are no frames at all.
     """
     joint = run.recipe.joint
     if joint is None:
         raise RecipeError(f"run {run.path} was not trained jointly; use 'tad extract --run'")
     needs = [LevelSpec(stream) for stream in run.features]
     sources = open_sources(store, needs, frames=joint.frames, flow_frames=joint.flow_frames, videos=joint.videos)
+    lost: dict[str, Failure] = {}
     with open_store(into, "a") as made:
         for name, recipe in feature_recipes(run, weights={}).items():
             stream = resolve(recipe, name=name, device=pick_device(device))
             made.create_stream(name, stream.spec, info=stream.info)
             for video in videos:
-                known = store[name, video]
-                levels = levels_of(StreamRows(stream, batch=joint.chunk), sources[name], video)
-                made.write(
-                    name, video, levels, duration_s=known.duration_s, source=store.attrs(name, video).get("source", {})
-                )
+                try:
+                    about, duration_s = store.attrs(name, video), store[name, video].duration_s
+                    levels = levels_of(StreamRows(stream, batch=joint.chunk), sources[name], video)
+                except (StoreError, VideoError) as error:
+                    lost.setdefault(video, Failure(video, type(error).__name__, str(error)))
+                    continue
+                made.write(name, video, levels, duration_s=duration_s, source=about.get("source", {}))
+    return list(lost.values())
