@@ -126,7 +126,6 @@ class Lateral(nn.Module):
         y = self._collapsed(x)
         return F.relu(self.norm(y, padding_of(mask))) * mask[:, None]
 
-
     def _collapsed(self, x: Tensor) -> Tensor:
         """The convolution, (B, C, T, ..) → (B, out, T). Its kernel is as high and wide as the map, so that it is one in
         time over C·H·W channels, or a product: ``Conv3d`` itself is several times as slow on CPUs.
