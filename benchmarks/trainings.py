@@ -4,11 +4,13 @@
 
 Sets: ``systems`` (BMN with 0, 1, 2 LGTEs, ETAD, for half as long, then BMN and ETAD as in their recipes), ``refined``
 (TCANet with both decodings, on the BMN of ``systems``), ``ratios`` (proposal sampling of ETAD at 3 to 100 %),
-``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of the ETAD of ``ratios``). Prints a table: average mAP
-with the run's own classes, with each video's true majority class, and as one class; with the ranking, and with the
-boundaries of the truth; AR@1/5/10/100 and AUC; seconds of training by the clock and of the processor, the latter an
-epoch too; peak memory of the process; processor milliseconds a video of detection. What is in FOLDER already is not
-done again.
+``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of the ETAD of ``ratios``); for videos of many classes
+``sparse`` (SP-TAD with 1 to 6 heads, and without the action head) and ``scales`` (AFSD, TAL-MTS with RFP).
+
+Prints a table: average mAP with the run's own classes, with each video's true majority class, and as one class; with
+the ranking, and with the boundaries of the truth; AR@1/5/10/100 and AUC; seconds of training by the clock and of the
+processor, the latter an epoch too; peak memory of the process; processor milliseconds a video of detection. What is in
+FOLDER already is not done again.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ from tad.recipe import ClassesRecipe
 
 TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-BMN, TCANET, ETAD = (f"{name}/planted.yaml" for name in ("bmn", "tcanet", "etad"))
+BMN, TCANET, ETAD, SPTAD, AFSD, TALMTS = (
+    f"{name}/planted.yaml" for name in ("bmn", "tcanet", "etad", "sptad", "afsd", "talmts")
+)
 # name of a set -> name of a training in it -> recipe, --set; "{bmn}" is the folder of the best BMN of the same seed
 SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "systems": {
@@ -79,6 +83,11 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
         "etad-transformer": (ETAD, ["model.enhancement=transformer"]),
         "etad": (ETAD, []),
     },
+    "sparse": {
+        **{f"sptad-{heads}": (SPTAD, [f"model.heads={heads}"]) for heads in (1, 2, 4, 6)},
+        "sptad-no-action": (SPTAD, ["model.action_head=false"]),
+    },
+    "scales": {"afsd": (AFSD, []), "talmts-rfp": (TALMTS, [])},
     "detect-ratios": {f"etad@{ratio}": (ETAD, [f"model.detect_ratio={ratio / 100}"]) for ratio in (100, 20, 15, 10, 6)},
 }
 BEST_BMN = "bmn-long"
