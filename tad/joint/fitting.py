@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ def longest_rows(recipe: DetectRecipe, plan: Plan, store: Store, need: LevelSpec
     return min(longest, recipe.data.max_rows)
 
 
+def readable(plan: Plan, store: Store, needs: Sequence[LevelSpec]) -> str:
+    """The first training video whose features can be opened. Raises :class:`StoreError` where there is none."""
+    last: StoreError | None = None
+    for video in plan.train:
+        try:
+            for need in needs:
+                feature_of(store, need, video)
+        except StoreError as error:
+            last = error
+        else:
+            return video
+    raise StoreError(f"no training video can be read; the last says: {last}")
+
+
 def costs(
     recipe: DetectRecipe, joint: JointRecipe, plan: Plan, store: Store, detector: Detector, rows: int
 ) -> list[StreamCost]:
@@ -96,7 +111,8 @@ def costs(
         store, detector.needs, frames=joint.frames, flow_frames=joint.flow_frames, videos=joint.videos
     )
     streams = [stream for stream, source in sources.items() if not source.grid.raw]
-    features = described_features(store, plan.channels, video=plan.train[0], row_spacing=recipe.data.row_spacing)
+    video = readable(plan, store, detector.needs)
+    features = described_features(store, plan.channels, video=video, row_spacing=recipe.data.row_spacing)
     recipes = feature_recipes(Run(Path(), recipe, [], features), weights={})
     found = []
     for stream in streams:
@@ -150,7 +166,7 @@ def _loss(detector: Detector, recipe: DetectRecipe, plan: Plan, store: Store, ro
         else:
             features[need.key] = torch.randn(shape).requires_grad_()
         masks[need.key] = torch.ones(count, need.rows or rows, dtype=torch.bool)
-    axis = feature_of(store, detector.needs[0], plan.train[0]).axis
+    axis = feature_of(store, detector.needs[0], readable(plan, store, detector.needs)).axis
     mask = torch.ones(count, rows, dtype=torch.bool)
     action = torch.tensor([[0.25 * rows, 0.75 * rows]])
     targets = [Targets(action, torch.zeros(1, dtype=torch.int64)) for _ in range(count)]
