@@ -36,9 +36,10 @@ from tad.detect.interface import Targets
 from tad.errors import TadError
 from tad.extract.backbones import Backbone, build_backbone
 from tad.joint.clips import Clips, JointBatch
+from tad.joint.counting import AUTOCAST, StreamCost, measure_backbone, measure_detector
 from tad.joint.encoder import Encoder
 from tad.joint.freezing import freeze
-from tad.joint.memory import AUTOCAST, StreamCost, estimate, measure_backbone, measure_detector
+from tad.joint.memory import estimate
 from tad.joint.model import JointModel
 from tad.recipe import JointRecipe
 from tad.timeline import TimeAxis

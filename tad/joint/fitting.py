@@ -20,17 +20,10 @@ from tad.detect.train import resolved
 from tad.detect.trained_on import described_features
 from tad.errors import StoreError, VideoError
 from tad.extract.backbones import build_backbone
+from tad.joint.counting import BackboneCost, StreamCost, measure_backbone, measure_detector
 from tad.joint.frames import FrameSource, open_sources
 from tad.joint.freezing import freeze
-from tad.joint.memory import (
-    BackboneCost,
-    StreamCost,
-    choose,
-    estimate,
-    format_bytes,
-    measure_backbone,
-    measure_detector,
-)
+from tad.joint.memory import choose, estimate, format_bytes
 from tad.recipe import DetectRecipe, JointRecipe
 from tad.store import Store
 from tad.training.rng import random_state, seed_all, set_random_state

@@ -11,10 +11,10 @@ from tad.detect.preflight import plan_training
 from tad.errors import RecipeError
 from tad.extract import build_backbone
 from tad.joint import train_joint
+from tad.joint.counting import saved_bytes
 from tad.joint.encoder import Encoder
 from tad.joint.fitting import costs, fitted, longest_rows
 from tad.joint.freezing import freeze
-from tad.joint.memory import saved_bytes
 from tad.recipe import DetectRecipe, JointRecipe, load_mapping
 from tad.store import open_store
 from tests.joint.trained import make_world

@@ -20,21 +20,11 @@ from benchmarks import joint as benchmark
 from tad.errors import RecipeError
 from tad.extract.backbones import BACKBONES, SPECS, Backbone, build_backbone
 from tad.joint.clips import Clips
+from tad.joint.counting import BackboneCost, DetectorCost, StreamCost, measure_backbone, measure_detector, saved_bytes
 from tad.joint.encoder import Encoder, without_graph
 from tad.joint.freezing import freeze
 from tad.joint.gradient_sampling import encode_sampled
-from tad.joint.memory import (
-    BackboneCost,
-    DetectorCost,
-    StreamCost,
-    choose,
-    estimate,
-    format_bytes,
-    measure_backbone,
-    measure_detector,
-    parse_bytes,
-    saved_bytes,
-)
+from tad.joint.memory import choose, estimate, format_bytes, parse_bytes
 
 SMALL = {"tiny": (3, 16, 32, 32), "tsm-r50": (3, 8, 64, 64), "i3d-rgb": (3, 16, 64, 64)}
 HEAD = DetectorCost(weights=400, trained=300, saved=200)
