@@ -87,7 +87,7 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
         **{f"sptad-{heads}": (SPTAD, [f"model.heads={heads}"]) for heads in (1, 2, 4, 6)},
         "sptad-no-action": (SPTAD, ["model.action_head=false"]),
     },
-    "scales": {"afsd": (AFSD, []), "talmts-rfp": (TALMTS, [])},
+    "scales": {"afsd": (AFSD, []), "talmts": (TALMTS, ["model.rfp=false"]), "talmts-rfp": (TALMTS, [])},
     "detect-ratios": {f"etad@{ratio}": (ETAD, [f"model.detect_ratio={ratio / 100}"]) for ratio in (100, 20, 15, 10, 6)},
 }
 BEST_BMN = "bmn-long"
