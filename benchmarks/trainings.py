@@ -2,8 +2,8 @@
 
     python -m benchmarks.trainings systems --store S --annotations A --out FOLDER [--seeds 0 1] [--jobs 1]
 
-Sets: ``systems`` (BMN with 0, 1, 2 LGTEs, ETAD, for half as long, then BMN and ETAD as in their recipes), ``refined``
-(TCANet with both decodings, on the BMN of ``systems``), ``ratios`` (proposal sampling of ETAD at 3 to 100 %),
+Sets: ``systems`` (BMN with 0, 1, 2 LGTEs for half as long, BMN, ETAD), ``refined`` (TCANet with both decodings, on the
+BMN of ``systems``), ``ratios`` (proposal sampling of ETAD at 3 to 100 %),
 ``samplers``, ``stages``, ``enhancement``, ``detect-ratios`` (of the ETAD of ``ratios``); for videos of many classes
 ``sparse`` (SP-TAD with 1 to 6 heads, and without the action head) and ``scales`` (AFSD, TAL-MTS with RFP).
 
@@ -51,9 +51,8 @@ SETS: dict[str, dict[str, tuple[str, list[str]]]] = {
             name: (BMN, [f"model.lgte={count}", "train.epochs=5"])
             for count, name in enumerate(("bmn", "bmn-lgte1", "bmn-lgte2"))
         },
-        "etad": (ETAD, ["train.epochs=5"]),
         "bmn-long": (BMN, []),
-        "etad-long": (ETAD, []),
+        "etad": (ETAD, []),
     },
     "refined": {  # after "systems"
         "tcanet": (TCANET, ["proposals.run={bmn}"]),

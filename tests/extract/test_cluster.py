@@ -189,6 +189,7 @@ def assert_equal_stores(place: Path, reference: Path) -> None:
         assert not [path for path in place.rglob("*.tmp") if path.name.startswith("catalog")]
 
 
+@pytest.mark.slow  # the kill must come before the other video is through: not where processes wait for a core
 @pytest.mark.parametrize("format", ["zarr", "hdf5"])
 def test_a_worker_killed_in_the_middle_changes_nothing(
     format: str, tmp_path: Path, folder: Path, plain: tuple[ExtractReport, Path], scheduler: str
@@ -352,6 +353,7 @@ def test_the_commands_of_the_page(
     assert not list(tmp_path.glob("*.failures.jsonl"))
 
 
+@pytest.mark.slow  # the interrupt must come before the last video is through, likewise
 def test_local_workers_and_ctrl_c(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's commands, interrupted as a terminal does it: all processes of the group are told."""
     monkeypatch.chdir(tmp_path)
