@@ -35,8 +35,9 @@ from tad.detect.detectors.etad import ETAD
 from tad.detect.interface import Targets
 from tad.errors import TadError
 from tad.extract.backbones import Backbone, build_backbone
+from tad.extract.streams import AUTOCAST
 from tad.joint.clips import Clips, JointBatch
-from tad.joint.counting import AUTOCAST, StreamCost, measure_backbone, measure_detector
+from tad.joint.counting import StreamCost, measure_backbone, measure_detector
 from tad.joint.encoder import Encoder
 from tad.joint.freezing import freeze
 from tad.joint.memory import estimate

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the shared folder, and one thread for torch so that results do not depend on the machine."""
+"""Fixtures for all tests: the shared folder."""
 
 import os
 from pathlib import Path

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from tad.errors import RecipeError, did_you_mean
 from tad.extract.backbones.base import Backbone
+from tad.extract.streams import AUTOCAST
 from tad.joint.encoder import Encoder, without_graph
 
-AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # clips of the two passes whose difference is what a clip costs: so many that gradients of weights do not make the peak
 COUNTED = (32, 64)
 
