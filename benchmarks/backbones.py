@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from tad.errors import TadError
 from tad.extract.backbones import BACKBONES, build_backbone
+from tad.training.precision import AUTOCAST, autocast
 
-AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = ("backbone", "frames", "crop", "precision", "mode", "windows_per_s", "ratio", "first_s", "memory_mib")
 
 
@@ -89,7 +89,7 @@ def measure(
         for precision in precisions:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            first_s, seconds = _timed(forward, clips, AUTOCAST[precision], device, warmup=warmup, repeats=repeats)
+            first_s, seconds = _timed(forward, clips, precision, device, warmup=warmup, repeats=repeats)
             memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
             base = rows[0]["windows_per_s"] if rows else batch / seconds
             rows.append(
@@ -103,12 +103,12 @@ def measure(
 
 
 def _timed(
-    forward: Callable[[Tensor], Any], clips: Tensor, dtype: torch.dtype | None, device: torch.device, **counts: int
+    forward: Callable[[Tensor], Any], clips: Tensor, precision: str, device: torch.device, **counts: int
 ) -> tuple[float, float]:
     def call() -> object:
         with (
             torch.inference_mode(),
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+            autocast(device, precision),
         ):
             return forward(clips)["features"]
 

@@ -35,7 +35,6 @@ from tad.detect.detectors.etad import ETAD
 from tad.detect.interface import Targets
 from tad.errors import TadError
 from tad.extract.backbones import Backbone, build_backbone
-from tad.extract.streams import AUTOCAST
 from tad.joint.clips import Clips, JointBatch
 from tad.joint.counting import StreamCost, measure_backbone, measure_detector
 from tad.joint.encoder import Encoder
@@ -44,6 +43,7 @@ from tad.joint.memory import estimate
 from tad.joint.model import JointModel
 from tad.recipe import JointRecipe
 from tad.timeline import TimeAxis
+from tad.training.precision import AUTOCAST, autocast
 
 PAPER_GB = {"30%": 11, "100%": 34}
 FPS = 30.0
@@ -105,10 +105,9 @@ def make_batch(options: argparse.Namespace, backbone: Backbone, *, snippets: int
 def step(model: JointModel, batch: JointBatch, optimizer: torch.optim.Optimizer, precision: str) -> float:
     """One step of training; returns its seconds."""
     device = batch.mask.device
-    dtype = AUTOCAST[precision]
     _wait(device)
     begun = time.perf_counter()
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with autocast(device, precision):
         terms = model.loss(model(batch), batch.targets or [])
     torch.stack([term.float() for term in terms.values()]).sum().backward()
     optimizer.step()
@@ -152,10 +151,9 @@ def estimated(options: argparse.Namespace, model: JointModel, backbone: Backbone
         frame_bytes=frames.nbytes,
     )
     stored = replace(batch, features={key: rows.requires_grad_() for key, rows in batch.features.items()})
-    device, dtype = batch.mask.device, AUTOCAST[options.precision]
 
     def of_detector() -> object:
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(batch.mask.device, options.precision):
             return model.detector.loss(model.detector(stored), stored.targets or [])
 
     found = estimate(

@@ -18,9 +18,8 @@ from tad.errors import TadError
 from tad.recipe import TrainRecipe
 from tad.training.distributed import World
 from tad.training.optim import AveragedWeights, Part, build_optimizer
+from tad.training.precision import autocast, guard_gradients
 from tad.training.rng import random_state, seed_all, set_random_state
-
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -30,6 +29,7 @@ class Trainer:
         self, detector: Detector, recipe: TrainRecipe, processes: World, *, parts: Sequence[Part] | None = None
     ) -> None:
         self.detector, self.recipe, self.processes = detector, recipe, processes
+        guard_gradients(detector, device=processes.device, precision=recipe.precision)
         processes.copy_from_first(iter([*detector.parameters(), *detector.buffers()]))
         self.parameters = [p for p in detector.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(detector, recipe, parts=parts)
@@ -52,7 +52,6 @@ class Trainer:
         """
         sums: dict[str, float] = {}
         videos: list[str] = []
-        precision = AUTOCAST.get(self.recipe.precision)
         for _ in step.batches:
             batch = next(batches)
             if batch is None:
@@ -61,7 +60,7 @@ class Trainer:
             batch = batch.to(self.processes.device)
             if not self.detector.thins:
                 batch = thinned(batch, self.recipe.feature_dropout)
-            with torch.autocast(self.processes.device.type, dtype=precision, enabled=precision is not None):
+            with autocast(self.processes.device, self.recipe.precision):
                 terms = self.detector.loss(self.detector(batch), batch.targets or [])
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             values = torch.stack([term.detach().float() for term in terms.values()]).tolist()

@@ -18,9 +18,9 @@ from tad.extract.clip_reading import ClipReader
 from tad.extract.clip_sampling import in_sequence
 from tad.extract.clips import BACKGROUND, Clip, LabelledVideo, frames_at
 from tad.extract.finetune_recipe import FinetuneRecipe
-from tad.extract.streams import AUTOCAST
 from tad.training.distributed import World
 from tad.training.optim import build_optimizer
+from tad.training.precision import autocast, guard_gradients
 from tad.training.rng import random_state, seed_all, set_random_state
 
 JUDGED_CLIPS = 32  # a forward pass, when held-out videos are judged
@@ -37,6 +37,7 @@ class ClipTrainer:
     def __init__(self, backbone: Backbone, head: nn.Linear, recipe: FinetuneRecipe, processes: World) -> None:
         self.backbone, self.head, self.recipe, self.processes = backbone, head, recipe, processes
         self.module = nn.ModuleDict({"backbone": backbone, "head": head})
+        guard_gradients(self.module, device=processes.device, precision=recipe.precision)
         processes.copy_from_first(iter([*self.module.parameters(), *self.module.buffers()]))
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.module, recipe.training)
@@ -146,9 +147,8 @@ def clip_logits(
     dropout: float = 0.0,
 ) -> Tensor:
     """uint8 clips (T, H, W, C), B of them → logits of ``head`` on the backbone's features, (B, K), float32."""
-    dtype = AUTOCAST[precision]
     moved = torch.from_numpy(np.stack(clips)).to(device, non_blocking=True).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with autocast(device, precision):
         features = backbone(backbone.normalise(moved))["features"]  # (B, D)
         logits: Tensor = head(F.dropout(features, dropout))
     return logits.float()

@@ -23,12 +23,12 @@ from tad.extract.raw import RAW, RawFrames, check_raw
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry
 from tad.recipe import ExtractRecipe
+from tad.training.precision import autocast
 
 # Raised whenever the same recipe would give other numbers than before; it is part of the fingerprint, the version of
 # tad is not,
 # so that an upgrade which changes nothing does not orphan a store.
 EXTRACTOR = 1
-AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Stream:
         ------
         TadError : a map has values that float16 cannot hold.
         """
-        dtype = AUTOCAST[self.recipe.precision]
         clips = self.backbone.normalise(windows.permute(0, 4, 1, 2, 3))  # (B, C, T, H, W)
-        with torch.autocast(clips.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(clips.device, self.recipe.precision):
             outputs = self.backbone(clips, levels=bool(self.levels or self.maps))
         features = outputs["features"]
         rows = {"features": features if self.raw else features.float()}

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from tad.errors import RecipeError, did_you_mean
 from tad.extract.backbones.base import Backbone
-from tad.extract.streams import AUTOCAST
 from tad.joint.encoder import Encoder, without_graph
+from tad.training.precision import AUTOCAST, autocast
 
 # clips of the two passes whose difference is what a clip costs: so many that gradients of weights do not make the peak
 COUNTED = (32, 64)
@@ -108,9 +108,9 @@ def measure_backbone(
     if len(clip) != 4 or min(clip) < 1:
         raise RecipeError(f"a clip is (channels, frames, height, width) of at least 1 each, got {tuple(clip)}")
     fewer, more = COUNTED
-    fewer_saved, fewer_alive = _pass(backbone, fewer, clip, keys, AUTOCAST[precision], graph=True)
-    more_saved, more_alive = _pass(backbone, more, clip, keys, AUTOCAST[precision], graph=True)
-    _, forward = _pass(backbone, more, clip, keys, AUTOCAST[precision], graph=False)
+    fewer_saved, fewer_alive = _pass(backbone, fewer, clip, keys, precision, graph=True)
+    more_saved, more_alive = _pass(backbone, more, clip, keys, precision, graph=True)
+    _, forward = _pass(backbone, more, clip, keys, precision, graph=False)
     saved = (more_saved - fewer_saved) // (more - fewer)
     return BackboneCost(
         weights=_bytes([*backbone.parameters(), *backbone.buffers()]),
@@ -147,7 +147,7 @@ def _pass(
     clips: int,
     shape: tuple[int, int, int, int],
     keys: Sequence[str],
-    dtype: torch.dtype | None,
+    precision: str,
     *,
     graph: bool,
 ) -> tuple[int, int]:
@@ -165,7 +165,7 @@ def _pass(
         with _Alive() as alive, nullcontext() if graph else without_graph(encoder):
             with (
                 torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack),
-                torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+                autocast(device, precision),
             ):
                 rows = functional_call(encoder, state, (frames, index))
                 summed = torch.stack([row.mean() for row in rows.values()]).sum()

@@ -21,7 +21,7 @@ from tad.detect.trained_on import check_features
 from tad.errors import RecipeError
 from tad.extract.backbones import build_backbone
 from tad.extract.rows import StreamRows
-from tad.extract.streams import AUTOCAST, Stream, resolve
+from tad.extract.streams import Stream, resolve
 from tad.joint.augment import Augmentation
 from tad.joint.bank import FeatureBank
 from tad.joint.dataset import JointDataset, check_frames, check_joint, collate, row_positions, snippet_clips
@@ -34,6 +34,7 @@ from tad.recipe import DetectRecipe, TrainRecipe
 from tad.store import Level, Store
 from tad.training.distributed import World
 from tad.training.optim import Part
+from tad.training.precision import autocast
 
 PIECE_FRAMES = 64  # read at a time where a whole video goes through the backbone
 
@@ -190,11 +191,8 @@ class JointSource(StoreSource):
         needs = [LevelSpec(stream, layout="rescaled", rows=sample.rows)]
         at = row_positions(self.store, needs, sample.video).features[stream][:, 0]
         clips = snippet_clips(self.sources[stream], sample.video, at).to(self.streams[stream].device)
-        precision = AUTOCAST[self.streams[stream].recipe.precision]
-        autocast = torch.autocast(
-            clips.frames.device.type, dtype=precision or torch.bfloat16, enabled=precision is not None
-        )
-        with torch.inference_mode(), autocast:
+        precision = self.streams[stream].recipe.precision
+        with torch.inference_mode(), autocast(clips.frames.device, precision):
             made = encoder(clips.frames, clips.index)["features"].float().cpu().numpy()  # (U, D)
         low = np.floor(clips.place.cpu().numpy()).astype(int)
         part = (clips.place.cpu().numpy() - low)[:, None]
