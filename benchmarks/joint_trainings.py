@@ -78,7 +78,6 @@ ALL = (
     "data.holdout=0",
     "data.holdout_subset=null",
     "train.select=last",
-    "train.epochs=8",
     "joint.mode=egs",
     "joint.ratio=0.3",
     "joint.sampler=random",
@@ -88,8 +87,10 @@ ALL = (
     "joint.random_crop=true",
 )
 KINDS = {
-    "talnet": Kind("tiny", ("model.width=64", "train.batch_videos=2", "train.lr=2e-3"), name="talnet"),
-    "etad": Kind("tiny", ("train.batch_videos=2",), file="etad/synth-joint.yaml"),
+    "talnet": Kind(
+        "tiny", ("model.width=64", "train.epochs=30", "train.batch_videos=2", "train.lr=2e-3"), name="talnet"
+    ),
+    "etad": Kind("tiny", ("train.epochs=8", "train.batch_videos=2"), file="etad/synth-joint.yaml"),
     "sptad": Kind(
         "tiny-levels",
         (
@@ -118,6 +119,7 @@ def talnet(*sets: str) -> Training:
 SETS: dict[str, dict[str, Training]] = {
     "modes": {
         "pre-extracted": talnet("mode=pre-extracted"),
+        "pre-extracted-100": ("talnet", ["joint.mode=pre-extracted", "train.epochs=100"]),
         "bank-30": talnet("mode=bank"),
         "egs-30": EGS,
         "full": talnet("mode=full"),
@@ -389,12 +391,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", choices=[*TRAININGS], metavar="name", help="these trainings of the sets")
     made.add_argument("--seeds", type=int, nargs="+", default=[0], help="of videos, backbone and training")
     made.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
-    made.add_argument("--epochs", type=int, help="of every training; by default 8, with SP-TAD 10")
+    made.add_argument("--epochs", type=int, help="of every training; by default 30, with ETAD 8 and SP-TAD 10")
     made.add_argument("--set", dest="sets", action="append", default=[], metavar="key=value", help="for every training")
     made.add_argument("--videos", type=int, nargs=2, default=(36, 24), metavar=("TRAIN", "TEST"))
     made.add_argument("--duration-s", type=float, nargs=2, default=(20.0, 40.0), metavar=("FROM", "TO"))
     made.add_argument("--action-s", type=float, nargs=2, default=(1.5, 10.0), metavar=("FROM", "TO"))
-    made.add_argument("--steps", type=int, default=100, help="of fine-tuning the backbone, 16 clips each")
+    made.add_argument("--steps", type=int, default=30, help="of fine-tuning the backbone, 16 clips each")
     made.add_argument("--step", help=argparse.SUPPRESS)  # a process of one training; empty: of the data
     return made
 

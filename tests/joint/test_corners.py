@@ -133,3 +133,12 @@ def test_two_streams_of_one_backbone_learn_apart(world: Path, tmp_path: Path) ->
     assert list(Run.load(tmp_path / "run").recipe.streams) == ["net", "net-2"]
     found = detect_videos(world / "videos/validation-000.mp4", run=tmp_path / "run", device="cpu")
     assert found.failures == []
+
+
+def test_sptad_reads_levels_as_wide_as_they_are_stored(world: Path, tmp_path: Path) -> None:
+    given = recipe_of("sptad", joint={"mode": "pre-extracted"})
+    train(world, tmp_path / "given", given)
+    silent = {key: value for key, value in given.model.items() if key != "level_channels"}
+    train(world, tmp_path / "silent", given.model_copy(update={"model": silent}))
+    assert Run.load(tmp_path / "silent").recipe.model["level_channels"] == {"s1": 32, "s2": 64, "s4": 128}
+    assert_same_run(tmp_path / "given", tmp_path / "silent")

@@ -26,6 +26,7 @@ from tad.detect.detectors.common import (
 )
 from tad.detect.detectors.sptad_layers import DetectionHead, Further, PyramidTable, TemporalPyramid
 from tad.detect.detectors.sptad_losses import set_loss
+from tad.detect.detectors.talmts_inputs import stored_shapes
 from tad.detect.interface import Batch, Detector, LevelSpec, Segments, Targets
 from tad.detect.segments import from_center_length
 from tad.errors import RecipeError
@@ -55,7 +56,7 @@ class SPTAD(Detector):
     channels : stream → width of its rows, in the recipe's order; the streams of a level are concatenated. classes : K.
     levels : of every stream, fine to coarse, each with half the resolution of the one before (I3D: s2, s4, s8).
     level_channels : level → width of its rows in each stream, for levels that are not as wide as ``channels`` says
-        (I3D: 480, 832, 1024).
+        (I3D: 480, 832, 1024); :meth:`resolve_shapes` fills in what the store has.
     rows : of the finest level in a clip; every detection lies inside one clip. :meth:`resolve` replaces ``auto`` by a
         number that fits the training actions.
     layout : ``windowed``: overlapping clips of a video; ``rescaled``: the whole video squeezed into one clip.
@@ -205,6 +206,18 @@ class SPTAD(Detector):
         longest = float(np.quantile(lengths_rows, 0.98)) if len(lengths_rows) else 0.0
         power = 2 ** math.ceil(math.log2(max(longest, 1.0)))
         return {**model, "rows": int(min(max(power, AUTO_ROWS[0]), AUTO_ROWS[1]))}
+
+    @classmethod
+    def resolve_shapes(
+        cls, model: dict[str, Any], stored: Mapping[str, Mapping[str, tuple[int, ...]]]
+    ) -> dict[str, Any]:
+        """``model`` with ``level_channels`` as ``stored`` (stream → level → shape of a row) has them, where they are
+        not given and all streams agree; maps are left for the constructor to refuse.
+        """
+        widths = stored_shapes({"levels": model.get("levels", ["features"])}, stored).get("level_channels")
+        if model.get("level_channels") is not None or not isinstance(widths, dict):
+            return model
+        return model | ({"level_channels": widths} if all(isinstance(w, int) for w in widths.values()) else {})
 
     # ---- forward -------------------------------------------------------------------------------------------------
     def forward(self, batch: Batch) -> SPTADOutputs:
