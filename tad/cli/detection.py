@@ -44,15 +44,14 @@ def train_detector(
     """
     from tad.detect import train_detector as run
     from tad.detect.recipes import detect_recipe
+    from tad.detect.train import outcome
     from tad.progress import progress
     from tad.shipped import find_recipe
 
     file = find_recipe(recipe) if recipe else None
     chosen = detect_recipe(name, file=file, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
     metrics = run(chosen, progress=progress, **o)
-    show(metrics) if as_json else click.echo(
-        f"{o['out']}: epoch {metrics['best_epoch']} chosen, average mAP on held-out videos {metrics['average_map']}"
-    )
+    show(metrics) if as_json else click.echo(f"{o['out']}: {outcome(metrics)}")
 
 
 @click.command()

@@ -66,6 +66,7 @@ def train_joint(
     tad detect talk.mp4 --run runs/joint -o found.json
     """
     from tad.detect.recipes import detect_recipe
+    from tad.detect.train import outcome
     from tad.joint import train_joint as run
     from tad.progress import progress
     from tad.shipped import find_recipe
@@ -84,9 +85,7 @@ def train_joint(
         seed=seed,
     )
     metrics = run(with_joint(chosen, given), memory_bytes=memory_bytes, progress=progress, **o)
-    show(metrics) if as_json else click.echo(
-        f"{o['out']}: epoch {metrics['best_epoch']} chosen, average mAP on held-out videos {metrics['average_map']}"
-    )
+    show(metrics) if as_json else click.echo(f"{o['out']}: {outcome(metrics)}")
 
 
 def with_joint(recipe: DetectRecipe, given: dict[str, Any]) -> DetectRecipe:

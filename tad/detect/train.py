@@ -212,7 +212,7 @@ def _train(
     set_random_state(random)  # whatever was drawn for that, now or before a stop
     begins = f"resumed after epoch {trainer.epoch}" if state is not None else f"begun on {processes.device}"
     counts = ", ".join(f"{name} {count}" for name, count in data.counts.items())
-    log(f"{begins}, {processes.size} processes, {recipe.train.epochs} epochs; {counts}")
+    log(f"{begins}, {processes.size} process(es), {recipe.train.epochs} epochs; {counts}")
     try:
         _epochs(trainer, recipe, plan, data, prepared, source, store, path, log, progress)
     except KeyboardInterrupt:
@@ -223,8 +223,18 @@ def _train(
         raise
     metrics = _metrics(trainer, recipe, data)
     processes.on_first(lambda: write_json(path / "metrics.json", metrics))
-    log(f"finished: best epoch {metrics['best_epoch']}, average mAP on held-out videos {metrics['average_map']}")
+    log(f"finished: {outcome(metrics)}")
     return metrics
+
+
+def outcome(metrics: Mapping[str, Any]) -> str:
+    """What ``metrics.json`` says of a training, in a line."""
+    counts, score = metrics["counts"], metrics["average_map"]
+    said = f"epoch {metrics['best_epoch']} of {metrics['epochs']} chosen"
+    if score is not None:
+        said += f", average mAP {100 * score:.1f} % on {counts['holdout_videos']} held-out videos"
+    left_out = counts["missing_videos"] + counts["broken_videos"]
+    return said + (f"; {left_out} videos were left out, log.txt names them" if left_out else "")
 
 
 def resolved(recipe: DetectRecipe, plan: Plan, store: Store) -> DetectRecipe:

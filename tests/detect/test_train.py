@@ -22,6 +22,7 @@ from tad.annotations import read_truth
 from tad.detect import Run, detect, train_detector
 from tad.detect.data import epoch_steps
 from tad.detect.runs import read_state, read_weights
+from tad.detect.train import outcome
 from tad.errors import RecipeError, StoreError, TadError
 from tad.evaluate import detection_map
 from tad.recipe import DetectRecipe, TrainRecipe, load_mapping, validated
@@ -310,6 +311,8 @@ def test_the_best_of_the_held_out_map_is_kept_and_of_equals_the_later(world: tup
     result = detection_map(truth[truth["video"].isin(holdout)], found)
     assert result.average == pytest.approx(metrics["average_map"], abs=1e-9)
     assert metrics["map"] == pytest.approx({f"{t:g}": v for t, v in result.map.items()})
+    score = f"average mAP {100 * result.average:.1f} % on {len(holdout)} held-out videos"
+    assert outcome(metrics) == f"epoch {best} of 12 chosen, {score}"
 
 
 def test_select_last_needs_nothing_held_out(world: tuple[Path, Path], tmp_path: Path) -> None:
@@ -317,6 +320,7 @@ def test_select_last_needs_nothing_held_out(world: tuple[Path, Path], tmp_path: 
     metrics = train(world, tmp_path / "run", recipe)
     assert metrics["best_epoch"] == 2
     assert metrics["average_map"] is None
+    assert outcome(metrics) == f"epoch {metrics['epochs']} of {metrics['epochs']} chosen"
     assert metrics["counts"]["train_videos"] == 12
     best, last = (read_weights(tmp_path / "run" / f"{name}.safetensors") for name in ("best", "last"))
     assert all(torch.equal(best[name], last[name]) for name in best)

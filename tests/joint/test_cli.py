@@ -87,7 +87,7 @@ def test_flags_are_the_recipe(world: Path, tmp_path: Path, trained: StandIn) -> 
     flags += ["--videos", world / "videos", "--memory", "1.5GiB", "--device", "cpu", "--set", "joint.frozen_stages=1"]
     done = tad_cli("train-joint", "talnet", *arguments(world), *QUICK, *flags, "-o", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert re.fullmatch(r".*run: epoch 1 chosen, average mAP on held-out videos [\d.e-]+\n", done.stdout)
+    assert re.fullmatch(r".*run: epoch 1 of 1 chosen, average mAP \d+\.\d % on 1 held-out videos\n", done.stdout)
     (call,) = trained.calls
     recipe = call["recipe"]
     assert recipe.joint == JointRecipe(
