@@ -98,7 +98,7 @@ KINDS = {
             "width: 64, interaction_width: 16, feedforward: 128, heads: 3, proposals: 30}",
             "data.train_stride=128",
             "data.detect_stride=128",
-            "train.epochs=10",
+            "train.epochs=20",
             "train.batch_videos=2",
             "train.lr=1e-3",
             "joint.mode=full",
@@ -161,7 +161,7 @@ SETS: dict[str, dict[str, Training]] = {
     "clip": {
         "sptad-pre-extracted": ("sptad", ["joint.mode=pre-extracted"]),
         "sptad-lr-0": ("sptad", ["joint.mode=egs", "joint.ratio=0"]),
-        **{f"sptad-lr-{lr}": ("sptad", [f"joint.backbone_lr={lr}"]) for lr in ("1e-4", "1e-3")},
+        **{f"sptad-lr-{lr}": ("sptad", [f"joint.backbone_lr={lr}"]) for lr in ("1e-4", "3e-4")},
     },
 }
 TRAININGS = {name: training for chosen in SETS.values() for name, training in chosen.items()}
@@ -391,7 +391,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", choices=[*TRAININGS], metavar="name", help="these trainings of the sets")
     made.add_argument("--seeds", type=int, nargs="+", default=[0], help="of videos, backbone and training")
     made.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
-    made.add_argument("--epochs", type=int, help="of every training; by default 30, with ETAD 8 and SP-TAD 10")
+    made.add_argument("--epochs", type=int, help="of every training; by default 30, with ETAD 8 and SP-TAD 20")
     made.add_argument("--set", dest="sets", action="append", default=[], metavar="key=value", help="for every training")
     made.add_argument("--videos", type=int, nargs=2, default=(36, 24), metavar=("TRAIN", "TEST"))
     made.add_argument("--duration-s", type=float, nargs=2, default=(20.0, 40.0), metavar=("FROM", "TO"))

@@ -39,7 +39,8 @@ def changes(name: str, base: str) -> dict[str, Any]:
 
 def test_every_training_differs_from_the_base_in_what_it_says() -> None:
     said = {
-        "pre-extracted": {"joint.mode": "pre-extracted"}, "bank-30": {"joint.mode": "bank"},
+        "pre-extracted": {"joint.mode": "pre-extracted"},
+        "pre-extracted-100": {"joint.mode": "pre-extracted", "train.epochs": 100}, "bank-30": {"joint.mode": "bank"},
         "full": {"joint.mode": "full"}, "full-checkpoint": {"joint.mode": "full", "joint.checkpoint": True},
         "egs-0": {"joint.ratio": 0.0}, "egs-10": {"joint.ratio": 0.1}, "egs-30": {}, "egs-100": {"joint.ratio": 1.0},
         "lr-0": {"joint.backbone_lr": 0.0}, "lr-1e-6": {"joint.backbone_lr": 1e-6},
@@ -54,7 +55,7 @@ def test_every_training_differs_from_the_base_in_what_it_says() -> None:
     etad = {"etad-pre-extracted": "pre-extracted", "etad-bank-30": "bank", "etad-full": "full"}
     assert {name: changes(name, "etad-egs-30") for name in etad} == {n: {"joint.mode": m} for n, m in etad.items()}
     clip = {"sptad-pre-extracted": {"joint.mode": "pre-extracted"}, "sptad-lr-0": {"joint.mode": "egs"},
-            "sptad-lr-1e-4": {}, "sptad-lr-1e-3": {}}  # fmt: skip
+            "sptad-lr-1e-4": {}, "sptad-lr-3e-4": {}}  # fmt: skip
     for name, own in clip.items():
         found = changes(name, "sptad-lr-1e-4")
         assert own.items() <= found.items()
