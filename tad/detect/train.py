@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -12,28 +11,18 @@ from typing import Any
 
 from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs
+from tad.detect.begin import check_same_videos, may_begin, write_head
 from tad.detect.data import EpochLoader, epoch_steps
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.holdout import evaluate_held_out
-from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training, shown
+from tad.detect.preflight import Plan, TrainingSet, plan_training, read_training
 from tad.detect.prepare import Prepared, check_class_scores, check_place, check_recipe, prepare
 from tad.detect.runs import (
-    Run,
-    describe_differences,
-    differing_keys,
-    dump_recipe,
-    environment,
     now_text,
-    read_json,
     read_state,
-    remove_run,
-    remove_training,
-    require_free,
-    sha256_of,
     write_csv,
     write_json,
     write_state,
-    write_text,
     write_weights,
 )
 from tad.detect.source import StoreSource
@@ -41,14 +30,13 @@ from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
 from tad.errors import RecipeError, StoreError, TadError
 from tad.progress import ProgressFactory, silent
-from tad.recipe import DetectRecipe, validated
+from tad.recipe import DetectRecipe
 from tad.store import Store, open_store
 from tad.training.distributed import World, world
 from tad.training.optim import check_training, lr_factor, set_lr
 from tad.training.rng import random_state, seed_all, set_random_state
 
 logger = logging.getLogger("tad.detect")
-MAY_CHANGE = ("data.workers",)  # keys that a resumed training may have otherwise: they do not touch its result
 
 
 def train_detector(
@@ -105,52 +93,15 @@ def train_detector(
     path = Path(out)
     with world(device) as processes:
         check_training(recipe.train, device=processes.device)
-        outcome = processes.on_first(
-            lambda: _may_begin(path, recipe, truth, store, source, resume=resume, overwrite=overwrite)
+        begun = processes.on_first(
+            lambda: may_begin(path, recipe, truth, store, source, resume=resume, overwrite=overwrite)
         )
-        if isinstance(outcome, dict):
-            return outcome
+        if isinstance(begun, dict):
+            return begun
         show = progress if progress is not None and processes.first else silent
         return _train(
-            recipe, outcome, store=store, truth=truth, path=path, source=source, processes=processes, progress=show
+            recipe, begun, store=store, truth=truth, path=path, source=source, processes=processes, progress=show
         )
-
-
-def _may_begin(
-    path: Path,
-    recipe: DetectRecipe,
-    truth: Truth,
-    store: Store,
-    source: StoreSource,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> DetectRecipe | dict[str, Any] | None:
-    """The recipe of the run to go on with, the metrics of one that is finished, or None to begin."""
-    require_free(path, resume=resume, overwrite=overwrite)
-    if not resume or not (path / "features.json").is_file():
-        return None
-    run = Run.load(path)
-    env = read_json(path / "env.json")
-    given = recipe.model_dump(mode="json")
-    as_given = validated(DetectRecipe, env["recipe_as_given"], where=str(path / "env.json"))  # with keys newer than it
-    stored = [as_given.model_dump(mode="json"), run.recipe.model_dump(mode="json")]  # either is the same training
-    changed = min(([d for d in differing_keys(old, given) if d[0] not in MAY_CHANGE] for old in stored), key=len)
-    if changed:
-        raise RecipeError(
-            f"run {path} cannot be resumed with another recipe: {describe_differences(changed)}. "
-            "Give the old values, or train into another folder"
-        )
-    if env["annotations"]["sha256"] != _sha256_of(truth):
-        raise RecipeError(
-            f"run {path} cannot be resumed: annotations {truth.path} are not those that it was begun with"
-        )
-    source.check_features(run, store)
-    if run.finished:
-        logger.info("run %s is finished, there is nothing to resume", path)
-        metrics: dict[str, Any] = read_json(path / "metrics.json")
-        return metrics
-    return run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"workers": recipe.data.workers})})
 
 
 def _train(
@@ -192,12 +143,12 @@ def _train(
     trainer = Trainer(module, recipe.train, processes, parts=source.parts(module, recipe.train))
     state = read_state(path / "resume.pt") if resuming else None
     if state is not None:
-        _check_same_videos(state, data, path)
+        check_same_videos(state, data, path)
         trainer.load_state_dict(state)
         source.load_state_dict(state.get("source", {}))
     else:
         seed_all(recipe.seed, processes.rank)
-        processes.on_first(lambda: _write_head(path, recipe, given, plan, data, store, truth, processes, begun=begun))
+        processes.on_first(lambda: write_head(path, recipe, given, plan, data, store, truth, processes, begun=begun))
         processes.on_first(lambda: source.write_features(path, features))  # last: with it the run can be resumed
     log = _Log(path / "log.txt" if processes.first else None)
     for message in [*plan.messages, *data.messages, *notes, *(f"left out: {f}" for f in plan.failures + data.failures)]:
@@ -225,16 +176,6 @@ def _train(
     processes.on_first(lambda: write_json(path / "metrics.json", metrics))
     log(f"finished: {outcome(metrics)}")
     return metrics
-
-
-def outcome(metrics: Mapping[str, Any]) -> str:
-    """What ``metrics.json`` says of a training, in a line."""
-    counts, score = metrics["counts"], metrics["average_map"]
-    said = f"epoch {metrics['best_epoch']} of {metrics['epochs']} chosen"
-    if score is not None:
-        said += f", average mAP {100 * score:.1f} % on {counts['holdout_videos']} held-out videos"
-    left_out = counts["missing_videos"] + counts["broken_videos"]
-    return said + (f"; {left_out} videos were left out, log.txt names them" if left_out else "")
 
 
 def resolved(recipe: DetectRecipe, plan: Plan, store: Store) -> DetectRecipe:
@@ -338,36 +279,6 @@ def _save(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet, source: Sto
     trainer.processes.on_first(write)
 
 
-def _write_head(
-    path: Path,
-    recipe: DetectRecipe,
-    given: DetectRecipe,
-    plan: Plan,
-    data: TrainingSet,
-    store: Store,
-    truth: Truth,
-    processes: World,
-    *,
-    begun: bool,
-) -> None:
-    """What a run folder says before the first epoch, but for its features; what an earlier run left there goes."""
-    if path.is_dir():
-        (remove_training if begun else remove_run)(path)
-    dump_recipe(path, recipe)
-    write_json(path / "classes.json", plan.classes)
-    env = environment(device=processes.device, seed=recipe.seed, world=processes.size)
-    env |= {
-        "store": {"path": str(store.path), "format": store.format},
-        "annotations": {"path": str(truth.path), "sha256": _sha256_of(truth)},
-        "recipe_as_given": given.model_dump(mode="json"),
-    }
-    write_json(path / "env.json", env)
-    failures = plan.failures + data.failures
-    if failures:
-        lines = (json.dumps(failure.__dict__, ensure_ascii=False) for failure in failures)
-        write_text(path / "failures.jsonl", "\n".join(lines) + "\n")
-
-
 def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[str, Any]:
     best, last = trainer.best or {}, trainer.history[-1]
     return {
@@ -385,24 +296,20 @@ def _metrics(trainer: Trainer, recipe: DetectRecipe, data: TrainingSet) -> dict[
     }
 
 
+def outcome(metrics: Mapping[str, Any]) -> str:
+    """What ``metrics.json`` says of a training, in a line."""
+    counts, score = metrics["counts"], metrics["average_map"]
+    said = f"epoch {metrics['best_epoch']} of {metrics['epochs']} chosen"
+    if score is not None:
+        said += f", average mAP {100 * score:.1f} % on {counts['holdout_videos']} held-out videos"
+    left_out = counts["missing_videos"] + counts["broken_videos"]
+    return said + (f"; {left_out} videos were left out, log.txt names them" if left_out else "")
+
+
 def _means(by_process: list[dict[str, float]], videos: int) -> dict[str, float]:
     names = dict.fromkeys(name for sums in by_process for name in sums)
     means = {f"loss_{name}": sum(sums.get(name, 0.0) for sums in by_process) / videos for name in names}
     return {"loss": sum(means.values()), **means}
-
-
-def _check_same_videos(state: Mapping[str, Any], data: TrainingSet, path: Path) -> None:
-    for part, now in (("train", list(data.train)), ("holdout", data.holdout)):
-        more, less = sorted(set(now) - set(state[part])), sorted(set(state[part]) - set(now))
-        if more or less:
-            raise StoreError(
-                f"run {path} cannot be resumed: the store's usable videos are not those that it was begun with "
-                f"({part}: new {shown(more) or 'none'}; gone {shown(less) or 'none'}). Restore them, or overwrite"
-            )
-
-
-def _sha256_of(truth: Truth) -> str | None:
-    return sha256_of(truth.path) if truth.path and Path(truth.path).is_file() else None
 
 
 class _Log:
