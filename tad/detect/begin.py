@@ -57,7 +57,8 @@ def may_begin(
     env = read_json(path / "env.json")
     given = recipe.model_dump(mode="json")
     as_given = validated(DetectRecipe, env["recipe_as_given"], where=str(path / "env.json"))  # with keys newer than it
-    stored = [as_given.model_dump(mode="json"), run.recipe.model_dump(mode="json")]  # either is the same training
+    same = (as_given, source.settled(as_given), run.recipe)  # each is this training
+    stored = [one.model_dump(mode="json") for one in same]
     changed = min(([d for d in differing_keys(old, given) if d[0] not in MAY_CHANGE] for old in stored), key=len)
     if changed:
         raise RecipeError(

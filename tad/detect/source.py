@@ -12,7 +12,7 @@ from tad.detect.interface import Batch, Detector, LevelSpec
 from tad.detect.preflight import Failure
 from tad.detect.runs import Run, write_json
 from tad.detect.trained_on import check_features
-from tad.recipe import TrainRecipe
+from tad.recipe import DetectRecipe, TrainRecipe
 from tad.store import Store
 from tad.training.distributed import World
 from tad.training.optim import Part
@@ -22,6 +22,10 @@ WriteWeights = Callable[..., None]  # of the detector, with what else its file s
 
 class StoreSource:
     """Rows are read from the store and handed to the detector as they are."""
+
+    def settled(self, recipe: DetectRecipe) -> DetectRecipe:
+        """``recipe`` with what the source has chosen; a run keeps both, and either may resume it."""
+        return recipe
 
     def check_features(self, run: Run, store: Store) -> None:
         """Raise :class:`StoreError` unless ``store`` holds the features that the training of ``run`` was begun with."""

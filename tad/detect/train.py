@@ -120,7 +120,7 @@ def _train(
         check_recipe(stored or given, store)
     begun = stored is not None  # where it ended before its first epoch did, what was prepared for it stays
     plan = plan_training(stored or given, store, truth)
-    recipe = stored or resolved(given, plan, store)
+    recipe = stored or resolved(source.settled(given), plan, store)
     seed_all(recipe.seed)
     detector = build_detector(recipe.detector, channels=plan.channels, classes=len(plan.classes), **recipe.model)
     check_needs(detector.needs, detector=recipe.detector)

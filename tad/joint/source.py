@@ -62,6 +62,10 @@ class JointSource(StoreSource):
         )
 
     # ---- before the first epoch --------------------------------------------------------------------------------------
+    def settled(self, recipe: DetectRecipe) -> DetectRecipe:
+        """With the mode that fits into the memory."""
+        return recipe.model_copy(update={"joint": self.joint})
+
     def check_features(self, run: Run, store: Store) -> None:
         """The store holds what the training was begun with; what it made of it since is elsewhere."""
         check_features(run.path, starting_features(run.path), store)

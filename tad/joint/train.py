@@ -89,13 +89,12 @@ def train_joint(
             "train that run jointly, extract with --run, and train this one on the features"
         )
     path = Path(out)
-    remarks: list[str] = []
     if resume and (path / "features.json").is_file():  # as it was begun, whatever fitted then
         begun = Run.load(path).recipe.joint
-        recipe = recipe if begun is None or memory_bytes is None else recipe.model_copy(update={"joint": begun})
+        source = JointSource(recipe.model_copy(update={"joint": begun or recipe.joint}), store)
     else:
-        recipe, remarks = fitted(recipe, store, truth, memory_bytes=memory_bytes)
-    source = JointSource(recipe, store, remarks=remarks)
+        chosen, remarks = fitted(recipe, store, truth, memory_bytes=memory_bytes)
+        source = JointSource(chosen, store, remarks=remarks)
     with world(device) as processes:  # joined once: processes that parted do not find each other again
         metrics = train_detector(
             recipe, store=store, annotations=truth, out=path, resume=resume, overwrite=overwrite, device=device,

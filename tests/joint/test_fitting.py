@@ -101,13 +101,26 @@ def test_the_run_records_the_chosen_mode_and_its_log_says_why(world: Path, tmp_p
     assert written["joint"]["mode"] == "full"
     assert written["joint"]["checkpoint"] is False
     assert lines[-2] in (tmp_path / "run" / "log.txt").read_text()
-    again = train_joint(
-        recipe,
-        store=world / "features.zarr",
-        annotations=world / "annotations.json",
-        out=tmp_path / "run",
-        memory_bytes=2**30,
-        resume=True,
-        device="cpu",
-    )
-    assert again["epochs"] == 1  # finished, as it was begun
+    assert recipe.joint is not None
+    as_chosen = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"mode": "full", "ratio": 1.0})})
+    for given, budget in ((recipe, 2**30), (recipe, None), (as_chosen, None)):
+        again = train_joint(
+            given,
+            store=world / "features.zarr",
+            annotations=world / "annotations.json",
+            out=tmp_path / "run",
+            memory_bytes=budget,
+            resume=True,
+            device="cpu",
+        )
+        assert again["epochs"] == 1  # finished, as it was begun
+    other = recipe.model_copy(update={"joint": recipe.joint.model_copy(update={"mode": "bank"})})
+    with pytest.raises(RecipeError, match=r"another recipe: joint\.mode"):
+        train_joint(
+            other,
+            store=world / "features.zarr",
+            annotations=world / "annotations.json",
+            out=tmp_path / "run",
+            resume=True,
+            device="cpu",
+        )
