@@ -129,6 +129,8 @@ def feature_recipes(run: Run, *, weights: Mapping[str, str]) -> dict[str, Extrac
         if any(other.features.get(stream, features)["fingerprint"] != features["fingerprint"] for other in run.parts):
             raise RecipeError(f"run {run.path} and the run inside it read two different streams called '{stream}'")
         spec: dict[str, Any] = features["spec"]
+        if not spec.get("imported") and spec.get("extractor") is None:
+            raise RecipeError(f"stream '{stream}' was not extracted by tad: its rows cannot be made from a video")
         weights_file: str | None = ""  # of imported features, which recipe_of refuses
         if "weights" in spec and spec["weights"] is None:
             weights_file = None  # frames and flow need none

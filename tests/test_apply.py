@@ -111,3 +111,8 @@ def test_imported_features_cannot_be_made_from_a_video(made: Path, tmp_path: Pat
     (tmp_path / "run/features.json").write_text(json.dumps(features))
     with pytest.raises(RecipeError, match="imported"):
         detect_videos(made / "videos", run=tmp_path / "run")
+    for spec in ({"made": "by hand"}, {"weights": {"sha256": "0"}}):
+        features["look"]["spec"] = spec
+        (tmp_path / "run/features.json").write_text(json.dumps(features))
+        with pytest.raises(RecipeError, match="'look' was not extracted by tad"):
+            detect_videos(made / "videos", run=tmp_path / "run")

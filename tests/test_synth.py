@@ -331,6 +331,29 @@ def test_other_peoples_annotations_are_not_overwritten(tmp_path: Path) -> None:
         make_videos(tmp_path / "b", videos=0)
 
 
+def test_entries_of_others_stay(tmp_path: Path) -> None:
+    entry = {"subset": "training", "duration": 3.0, "annotations": []}
+    other = {"taxonomy": [1], "version": "mine", "database": {"hand": entry, "training-007": entry}}
+    (tmp_path / "annotations.json").write_text(json.dumps(other))
+    make_videos(tmp_path, videos=1, seed=np.int64(3), duration_s=(2.0, 2.0))  # type: ignore[arg-type]
+    held = json.loads((tmp_path / "annotations.json").read_text())
+    assert (held["taxonomy"], held["version"]) == ([1], "mine")
+    assert held["database"]["hand"] == held["database"]["training-007"] == entry
+    assert held["database"].keys() == {"hand", "training-007", "training-000"}
+    before = (tmp_path / "annotations.json").read_bytes()
+    with pytest.raises(AnnotationError, match="'training-007' is there and no synthetic video"):
+        make_videos(tmp_path, videos=8, duration_s=(2.0, 2.0))
+    assert (tmp_path / "annotations.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_short_actions_at_a_low_rate_do_not_overlap(seed: int) -> None:
+    plan = plan_video(seed=np.int64(seed), fps=0.5, action_s=(0.2, 0.6), duration_s=120)  # type: ignore[arg-type]
+    assert plan.seed == (seed,)
+    ends = [0, *(after for _, after, _ in plan.segments)]
+    assert all(end <= first < after for end, (first, after, _) in zip(ends, plan.segments, strict=False))
+
+
 def test_rendering_is_fast() -> None:
     plan = plan_video(seed=0, duration_s=60.0)  # 96x96
     begun = time.process_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,13 +26,11 @@ class VideoFile:
 def find_videos(inputs: Iterable[str | Path]) -> list[VideoFile]:
     """All videos behind ``inputs``, in order, each file once.
 
-    A folder stands for every video file below it (by suffix, sorted), a ``.txt``/``.lst`` file for the paths on its
-    lines
-    (relative to the list's folder; ``id<tab>path`` sets the id; ``#`` starts a comment), anything else for itself,
-    whether it
-    exists or not: extraction reports what cannot be opened. The id is the file's stem; where stems collide it is the
-    file
-    name, and where those collide as well, the path.
+    A folder stands for every video file below it (by suffix, sorted; links that lead nowhere among them), a ``.txt`` or
+    ``.lst`` file for the paths on its lines (relative to the list's folder; ``id<tab>path`` sets the id; a ``#`` at the
+    beginning of a line, or between spaces, starts a comment), anything else for itself, whether it exists or not:
+    extraction reports what cannot be opened. The id is the file's stem; where stems collide it is the file name, and
+    where those collide as well, the path.
 
     Raises
     ------
@@ -41,7 +40,7 @@ def find_videos(inputs: Iterable[str | Path]) -> list[VideoFile]:
     for item in map(Path, inputs):
         if item.is_dir():
             files = sorted(
-                p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not _hidden(p, item)
+                p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir() and not _hidden(p, item)
             )
             if not files:
                 raise VideoError(f"no video file below {item}; known suffixes: {' '.join(sorted(SUFFIXES))}")
@@ -61,12 +60,12 @@ def _hidden(path: Path, root: Path) -> bool:
 
 def _read_list(path: Path) -> list[tuple[Path, str | None]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise VideoError(f"the list {path} cannot be read: {error}") from error
     entries: list[tuple[Path, str | None]] = []
     for line in lines:
-        text = line.split("#", 1)[0].strip()
+        text = re.split(r"^#|(?<=\s)#\s", line.strip(), maxsplit=1)[0].strip()
         if text:
             video, tab, name = text.rpartition("\t")
             file = Path(name.strip()).expanduser()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from tad.errors import TadError
 from tad.store import Store
+from tad.store.backend import place_of
 
 
 @dataclass
@@ -68,37 +71,58 @@ class ExtractReport:
 
 
 class FailureLog:
-    """``failures.jsonl``: the videos that could not be extracted, rewritten for those that are tried again."""
+    """``failures.jsonl``: the videos that could not be extracted, rewritten for those that are tried again.
+
+    Raises
+    ------
+    TadError : it cannot be read or written there.
+    """
 
     def __init__(self, path: str | Path, videos: set[str], streams: set[str]) -> None:
         self.path = Path(path)
-        kept = [line for line in self._lines() if not self._tried_again(line, videos, streams)]
-        if kept:
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-        else:
-            self.path.unlink(missing_ok=True)
+        with self._told():
+            kept = [line for old in self._lines() if (line := _not_tried_again(old, videos, streams)) is not None]
+            if kept:
+                temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                os.replace(temporary, self.path)
+            else:
+                self.path.unlink(missing_ok=True)
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
 
-    @staticmethod
-    def _tried_again(line: str, videos: set[str], streams: set[str]) -> bool:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            entry = json.loads(line)
-            return entry["video"] in videos and bool(streams.intersection(entry["streams"]))
-        except (ValueError, KeyError, TypeError):
-            return True  # not a line of ours, or a half-written one
+            yield
+        except OSError as error:
+            raise TadError(f"the list of failures cannot be kept in {self.path}: {error}; name another file") from error
 
     def add(self, failure: Failure) -> None:
         """Append one line, at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **failure.__dict__}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self._told():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _not_tried_again(line: str, videos: set[str], streams: set[str]) -> str | None:
+    """What stays of a line when ``streams`` of ``videos`` are tried again; nothing of one that is not ours."""
+    try:
+        entry = json.loads(line)
+        if entry["video"] not in videos:
+            return line
+        left = [stream for stream in entry["streams"] if stream not in streams]
+    except (ValueError, KeyError, TypeError):  # a half-written line, for example
+        return None
+    if len(left) == len(entry["streams"]):
+        return line
+    return json.dumps(entry | {"streams": left}, ensure_ascii=False) if left else None
 
 
 def default_failures(store: Store) -> Path:
     """``failures.jsonl`` in the store's folder; for a remote store in the current one."""
-    return Path("failures.jsonl") if "://" in str(store.path) else Path(store.path) / "failures.jsonl"
+    place = place_of(str(store.path))
+    return Path("failures.jsonl") if "://" in place else Path(place) / "failures.jsonl"

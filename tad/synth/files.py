@@ -80,8 +80,8 @@ def make_videos(
 
     Every video has its own seed, made of ``seed``, the subset's name and its number; so subsets differ though their
     seed is the same, and asking for more videos leaves the first ones as they are. Durations are uniform in
-    ``duration_s``. Other subsets in the annotations stay; this one is replaced, with its videos. A video that is
-    already there from the same call is kept.
+    ``duration_s``. Whatever else is in the annotations stays; synthetic videos of this subset are replaced. A video
+    that is already there from the same call is kept.
 
     Raises
     ------
@@ -97,7 +97,13 @@ def make_videos(
     )
     folder, annotations = Path(out) / "videos", Path(out) / "annotations.json"
     folder.mkdir(parents=True, exist_ok=True)
-    database = _database(annotations)
+    document = _document(annotations)
+    database: dict[str, dict[str, Any]] = document["database"]
+    for video in (f"{subset}-{number:03d}" for number in range(videos)):
+        if video in database and "synth" not in database[video]:
+            raise AnnotationError(
+                f"{annotations}: '{video}' is there and no synthetic video; write into another folder"
+            )
     made: list[SynthVideo] = []
     todo: list[tuple[Plan, Path]] = []
     entries: dict[str, dict[str, Any]] = {}
@@ -113,11 +119,11 @@ def make_videos(
             path.unlink(missing_ok=True)  # of another call: must not be taken for this one's, whatever happens next
         if not path.exists():
             todo.append((plan, path))
-    for video in [video for video, entry in database.items() if entry.get("subset") == subset and "synth" in entry]:
-        if video not in entries:
-            (folder / f"{video}.mp4").unlink(missing_ok=True)
-    others = {video: entry for video, entry in database.items() if entry.get("subset") != subset}
-    _write_json(annotations, {"version": "tad.synth", "database": others | entries})
+    replaced = {video for video, entry in database.items() if entry.get("subset") == subset and "synth" in entry}
+    for video in replaced - entries.keys():
+        (folder / f"{video}.mp4").unlink(missing_ok=True)
+    others = {video: entry for video, entry in database.items() if video not in replaced}
+    _write_json(annotations, {"version": "tad.synth", **document, "database": others | entries})
     with (progress or silent)(len(todo), f"make {subset}", "videos") as bar:
         for plan, path in todo:
             _write(plan, path)
@@ -137,18 +143,19 @@ def _entry(plan: Plan, subset: str) -> dict[str, Any]:
     }
 
 
-def _database(path: Path) -> dict[str, dict[str, Any]]:
+def _document(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {}
+        return {"database": {}}
     try:
-        database = json.loads(path.read_text(encoding="utf-8"))["database"]
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        database = document["database"]
     except (ValueError, KeyError, TypeError) as error:
         raise AnnotationError(
             f"{path}: no ActivityNet annotations to add to ({error!r}); move the file away"
         ) from error
     if not isinstance(database, dict) or not all(isinstance(entry, dict) for entry in database.values()):
         raise AnnotationError(f"{path}: no ActivityNet annotations to add to; move the file away")
-    return database
+    return document
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,7 +140,7 @@ def plan_video(
     """
     lengths = {"duration_s": (duration_s, duration_s), "action_s": action_s, "gap_s": gap_s}
     check_plan(seed=seed, size=size, fps=fps, classes=classes, **lengths)
-    entropy = (seed,) if isinstance(seed, int) else tuple(seed)
+    entropy = seed_numbers(seed)
     rng = np.random.default_rng(entropy)
     frames = max(1, round(duration_s * fps))
     objects = int(rng.integers(1, 4))
@@ -155,7 +155,8 @@ def plan_video(
             if frames - 1 - first < max(1, round(action_s[0] * fps)):
                 break
             after = frames - 1  # the last action ends with the video rather than leaving its end empty
-        segments.append((first, max(after, first + 1), str(rng.choice(list(classes)))))
+        after = max(after, first + 1)
+        segments.append((first, after, str(rng.choice(list(classes)))))
         actors.append(int(rng.integers(objects)))
         at = after / fps + _log_uniform(rng, gap_s)
     poses = np.stack(
@@ -204,6 +205,11 @@ def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float
     return float(np.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1]))))
 
 
+def seed_numbers(seed: int | Sequence[int]) -> tuple[int, ...]:
+    """One number or several, of NumPy or not."""
+    return tuple(map(int, seed)) if isinstance(seed, Iterable) else (int(seed),)
+
+
 def check_plan(
     *,
     seed: int | Sequence[int],
@@ -213,7 +219,7 @@ def check_plan(
     **lengths: tuple[float, float],
 ) -> None:
     """Raise :class:`AnnotationError` for what cannot be meant; ``lengths`` are (shortest, longest) in seconds."""
-    if min((seed,) if isinstance(seed, int) else seed, default=0) < 0:
+    if min(seed_numbers(seed), default=0) < 0:
         raise AnnotationError(f"seeds are not negative, got {seed}")
     if not classes:
         raise AnnotationError("classes is empty: name at least one of " + ", ".join(CLASSES))

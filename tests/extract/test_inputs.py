@@ -45,6 +45,20 @@ def test_lists_hold_paths_comments_and_ids(tmp_path: Path) -> None:
     assert found == {"a": tmp_path / "v/a.mp4", "first day": tmp_path / "v/b c.mp4", "z": Path("/abs/z.mp4")}
 
 
+def test_lists_of_other_editors_and_names_with_a_hash(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(
+        "cfr.mp4\nmatch #1.mp4\n#2.mp4\nday # 3.mp4\nC#.mp4 # sharp\n", encoding="utf-8-sig"
+    )
+    assert ids(tmp_path / "list.txt") == ["cfr", "match #1", "day", "C#"]
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "ok.mp4")
+    (tmp_path / "annexed.mp4").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.mp4").mkdir()
+    assert ids(tmp_path) == ["annexed", "ok"]
+
+
 def test_a_given_id_is_not_taken_by_a_stem(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "list.txt").write_text("a\tb.mp4\na.mp4\n", encoding="utf-8")
