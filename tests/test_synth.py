@@ -341,7 +341,7 @@ def test_entries_of_others_stay(tmp_path: Path) -> None:
     assert held["database"]["hand"] == held["database"]["training-007"] == entry
     assert held["database"].keys() == {"hand", "training-007", "training-000"}
     before = (tmp_path / "annotations.json").read_bytes()
-    with pytest.raises(AnnotationError, match="'training-007' is there and no synthetic video"):
+    with pytest.raises(AnnotationError, match="'training-007' is no synthetic video"):
         make_videos(tmp_path, videos=8, duration_s=(2.0, 2.0))
     assert (tmp_path / "annotations.json").read_bytes() == before
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, show
+from tad.cli.common import PARTLY, as_json, device_option, say, sets_option, show, tell
 
 
 @click.command("train-backbone")
@@ -66,7 +66,7 @@ def train_backbone(
     if as_json:
         show(metrics)
     else:
-        click.echo(f"{o['out']}: epoch {metrics['best_epoch']} of {metrics['epochs']} chosen, {_told(metrics)}")
+        tell(f"{o['out']}: epoch {metrics['best_epoch']} of {metrics['epochs']} chosen, {_told(metrics)}")
     for failure in metrics["failures"]:
         say(f"left out: {failure['video']}: {failure['message']}")
     if metrics["failures"]:

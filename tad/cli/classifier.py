@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from tad.cli.common import PARTLY, as_json, device_option, say, show
+from tad.cli.common import PARTLY, as_json, device_option, say, show, tell
 
 ONLY_OF_VIDEOS = {"backbone": "--backbone", "classes": "--classes", "clips": "--clips", "batch": "--batch",
                   "precision": "--precision"}  # fmt: skip
@@ -52,9 +52,9 @@ def train_classifier(streams: str, sets: tuple[str, ...], as_json: bool, **o: An
     if as_json:
         show(metrics)
     elif metrics["holdout"] is None:
-        click.echo(f"{o['out']}: epoch {metrics['best_epoch']}, no video was held out to judge by")
+        tell(f"{o['out']}: epoch {metrics['best_epoch']}, no video was held out to judge by")
     else:
-        click.echo(f"{o['out']}: epoch {metrics['best_epoch']}, {_told(metrics['holdout'], 'held-out videos')}")
+        tell(f"{o['out']}: epoch {metrics['best_epoch']}, {_told(metrics['holdout'], 'held-out videos')}")
 
 
 def classify_features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -37,7 +38,25 @@ def say(text: str) -> None:
 
 def show(data: Any) -> None:
     """JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    tell(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def tell(text: str) -> None:
+    """A result on stdout; of processes that ``torchrun`` started together the first one's."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text)
+
+
+def show_training(metrics: dict[str, Any], *, out: str, as_json: bool) -> int:
+    """What a detector's training came to; returns the exit status, ``PARTLY`` where videos were left out.
+
+    Under ``torchrun`` that is 0: it takes every other status for a crash.
+    """
+    from tad.detect.train import left_out, outcome
+
+    show(metrics) if as_json else tell(f"{out}: {outcome(metrics)}")
+    together = os.environ.get("WORLD_SIZE", "1") != "1"
+    return PARTLY if left_out(metrics) and not together else 0
 
 
 def print_table(table: Any) -> None:

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from tad.cli.common import PARTLY, as_json, check_predictions_file, device_option, say, sets_option, show
+from tad.cli.common import (
+    PARTLY,
+    as_json,
+    check_predictions_file,
+    device_option,
+    say,
+    sets_option,
+    show_training,
+)  # fmt: skip
 
 
 @click.command("train-detector")
@@ -27,7 +35,9 @@ from tad.cli.common import PARTLY, as_json, check_predictions_file, device_optio
 @click.option("--overwrite", is_flag=True, help="Replace the run in -o.")
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False), help="The run's folder.")
 @as_json
+@click.pass_context
 def train_detector(
+    ctx: click.Context,
     name: str | None,
     recipe: str | None,
     streams: str | None,
@@ -44,14 +54,13 @@ def train_detector(
     """
     from tad.detect import train_detector as run
     from tad.detect.recipes import detect_recipe
-    from tad.detect.train import outcome
     from tad.progress import progress
     from tad.shipped import find_recipe
 
     file = find_recipe(recipe) if recipe else None
     chosen = detect_recipe(name, file=file, streams=streams.split(",") if streams else None, sets=sets, seed=seed)
     metrics = run(chosen, progress=progress, **o)
-    show(metrics) if as_json else click.echo(f"{o['out']}: {outcome(metrics)}")
+    ctx.exit(show_training(metrics, out=o["out"], as_json=as_json))
 
 
 @click.command()

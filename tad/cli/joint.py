@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tad.cli.common import as_json, device_option, sets_option, show
+from tad.cli.common import as_json, device_option, sets_option, show_training
 
 if TYPE_CHECKING:
     from tad.recipe import DetectRecipe
@@ -47,7 +47,9 @@ SAMPLERS = ("random", "grid", "block", "fps", "dpp")
 @click.option("--overwrite", is_flag=True, help="Replace the run in -o.")
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False), help="The run's folder.")
 @as_json
+@click.pass_context
 def train_joint(
+    ctx: click.Context,
     name: str | None,
     recipe: str | None,
     streams: str | None,
@@ -66,7 +68,6 @@ def train_joint(
     tad detect talk.mp4 --run runs/joint -o found.json
     """
     from tad.detect.recipes import detect_recipe
-    from tad.detect.train import outcome
     from tad.joint import train_joint as run
     from tad.progress import progress
     from tad.shipped import find_recipe
@@ -85,7 +86,7 @@ def train_joint(
         seed=seed,
     )
     metrics = run(with_joint(chosen, given), memory_bytes=memory_bytes, progress=progress, **o)
-    show(metrics) if as_json else click.echo(f"{o['out']}: {outcome(metrics)}")
+    ctx.exit(show_training(metrics, out=o["out"], as_json=as_json))
 
 
 def with_joint(recipe: DetectRecipe, given: dict[str, Any]) -> DetectRecipe:

@@ -167,6 +167,7 @@ def _begins(sizes: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a tensor of inference mode could not be used in training afterwards
 def _sampling_on(
     rows: int,
     durations: int,
@@ -181,6 +182,7 @@ def _sampling_on(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _places(rows: int, durations: int, device: torch.device) -> Tensor:
     """Where each cell lies in a flat map (D·T,)."""
     start, length = _starts_and_lengths(rows, durations)

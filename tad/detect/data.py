@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tad.detect.align import Sample
 from tad.detect.interface import Batch, LevelSpec, Proposals, Targets
 from tad.detect.windows import crop, open_whole, read_whole
+from tad.errors import TadError
 from tad.recipe import DataRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
@@ -224,11 +225,11 @@ class EpochLoader:
         workers = 0 if dataset.in_memory else workers  # these are handed over faster than a worker could send them
         self.shares = _Shares(rank, world)
         self.dataset, self.generator = dataset, torch.Generator()
-        self.loader: DataLoader[Sample] = DataLoader(
-            dataset,
+        self.loader: DataLoader[Any] = DataLoader(
+            _Guarded(dataset) if workers else dataset,  # type: ignore[arg-type]
             batch_sampler=self.shares,
             num_workers=workers,
-            collate_fn=collate or self._usual,
+            collate_fn=_Unless(collate or self._usual) if workers else collate or self._usual,
             worker_init_fn=_seed_worker,
             generator=self.generator,
             # Neither torch's threads nor remote stores survive a fork.
@@ -239,7 +240,35 @@ class EpochLoader:
     def epoch(self, epoch: int, steps: Sequence[Step]) -> Iterator[Batch | None]:
         self.shares.epoch, self.shares.steps = epoch, list(steps)
         self.generator.manual_seed(int(seeded(self.dataset.seed, epoch, -1 & 0xFFFFFFFF).integers(2**62)))
-        yield from iter(self.loader)
+        for batch in self.loader:
+            if isinstance(batch, TadError):
+                raise batch
+            yield batch
+
+
+class _Guarded:
+    """Samples in a worker: errors that are meant for the user are handed over, where torch would make their message a
+    traceback.
+    """
+
+    def __init__(self, dataset: VideoDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | TadError:
+        try:
+            return self.dataset[key]
+        except TadError as error:
+            return error
+
+
+class _Unless:
+    """A ``collate`` that gives the first error among the samples instead of a batch."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Batch | None]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[Any]) -> Batch | TadError | None:
+        return next((sample for sample in samples if isinstance(sample, TadError)), None) or self.collate(samples)
 
 
 def _seed_worker(worker: int) -> None:

@@ -164,12 +164,17 @@ def farthest_points(features: Tensor, *, count: int, first: Tensor) -> Tensor:
 
     Euclidean distance; of equally far ones the first. Never the same row twice, even where rows are equal.
     """
-    batch, _, channels = features.shape
     # squared distances as x·x - 2 x·p + p·p, faster than differences; centred, so that little is lost to rounding
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     features = features - features.mean(1, keepdim=True)
+    with torch.autocast(features.device.type, enabled=False):  # rounded, distances would name a row twice
+        return _farthest(features, first.to(features.device), count)
+
+
+def _farthest(features: Tensor, first: Tensor, count: int) -> Tensor:
+    batch, _, channels = features.shape
     squares = features.square().sum(2)  # (B, N)
-    current = first.to(features.device)
+    current = first
     chosen = [current]
     nearest = torch.full_like(squares, math.inf)  # (B, N) squared distance to what is chosen
     for _ in range(count - 1):

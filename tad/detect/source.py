@@ -12,6 +12,7 @@ from tad.detect.interface import Batch, Detector, LevelSpec
 from tad.detect.preflight import Failure
 from tad.detect.runs import Run, write_json
 from tad.detect.trained_on import check_features
+from tad.progress import ProgressFactory
 from tad.recipe import DetectRecipe, TrainRecipe
 from tad.store import Store
 from tad.training.distributed import World
@@ -31,8 +32,12 @@ class StoreSource:
         """Raise :class:`StoreError` unless ``store`` holds the features that the training of ``run`` was begun with."""
         check_features(run.path, run.features, store)
 
-    def lacking(self, needs: Sequence[LevelSpec], videos: Sequence[str]) -> tuple[list[Failure], list[str]]:
-        """Which of ``videos`` cannot be used for want of anything but rows, and what is worth saying of the others."""
+    def lacking(
+        self, needs: Sequence[LevelSpec], videos: Sequence[str], *, processes: World, progress: ProgressFactory
+    ) -> tuple[list[Failure], list[str]]:
+        """Which of ``videos`` cannot be used for want of anything but rows, and what is worth saying of the others; the
+        same in all processes.
+        """
         return [], []
 
     def module(

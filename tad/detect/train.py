@@ -125,7 +125,9 @@ def _train(
     detector = build_detector(recipe.detector, channels=plan.channels, classes=len(plan.classes), **recipe.model)
     check_needs(detector.needs, detector=recipe.detector)
     data = read_training(plan, recipe, store, detector.needs, progress)
-    lacking, remarks = source.lacking(detector.needs, [*data.train, *data.holdout])
+    lacking, remarks = source.lacking(
+        detector.needs, [*data.train, *data.holdout], processes=processes, progress=progress
+    )
     data = data.without(lacking)
     if lacking and recipe.train.select == "map" and data.holdout_truth(plan).empty:
         raise StoreError(f"no held-out video with segments is left to choose by; the first says: {lacking[0]}")
@@ -239,6 +241,8 @@ def _epochs(
                 bar.advance(1, f"epoch {epoch + 1}/{training.epochs}")
             next(batches, None)  # the loader's own end of the epoch
             processes.sync_buffers(trainer.detector)
+            if trainer.average is not None:
+                processes.sync_buffers(trainer.average.module)
             row: dict[str, Any] = {"epoch": epoch + 1, "lr": lr, **_means(processes.gathered(sums), len(dataset))}
             due = (epoch + 1) % training.eval_every == 0 or epoch + 1 == training.epochs
             if due and len(data.holdout_truth(plan)):
@@ -302,8 +306,13 @@ def outcome(metrics: Mapping[str, Any]) -> str:
     said = f"epoch {metrics['best_epoch']} of {metrics['epochs']} chosen"
     if score is not None:
         said += f", average mAP {100 * score:.1f} % on {counts['holdout_videos']} held-out videos"
-    left_out = counts["missing_videos"] + counts["broken_videos"]
-    return said + (f"; {left_out} videos were left out, log.txt names them" if left_out else "")
+    missed = left_out(metrics)
+    return said + (f"; {missed} video(s) left out, see failures.jsonl" if missed else "")
+
+
+def left_out(metrics: Mapping[str, Any]) -> int:
+    """How many videos could not be used."""
+    return int(metrics["counts"]["missing_videos"] + metrics["counts"]["broken_videos"])
 
 
 def _means(by_process: list[dict[str, float]], videos: int) -> dict[str, float]:

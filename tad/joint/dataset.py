@@ -24,6 +24,7 @@ from tad.errors import RecipeError, StoreError, VideoError
 from tad.joint.augment import Augmentation, Draw
 from tad.joint.clips import Clips, JointBatch
 from tad.joint.frames import Footage, FrameSource
+from tad.progress import ProgressFactory
 from tad.recipe import DataRecipe
 from tad.store import Store
 
@@ -283,7 +284,6 @@ def check_frames(
 
     Raises
     ------
-    StoreError : no video has frames.
     RecipeError : streams on different axes.
     """
     failures, messages = list[Failure](), list[str]()
@@ -297,8 +297,6 @@ def check_frames(
             continue
         for stream, footage in found.items():
             room[stream] = max(room[stream], footage.room)
-    if videos and len(failures) == len(videos):
-        raise StoreError(f"none of the {len(videos)} videos has frames to train from; the first: {failures[0]}")
     if augmentation.random_crop:
         messages += [
             f"joint.random_crop: the frames of '{stream}' are no larger than its crop, nothing is cut at random; "
@@ -307,3 +305,21 @@ def check_frames(
             if pixels == 0
         ]
     return FrameCheck(failures, messages)
+
+
+def damaged(sources: Mapping[str, FrameSource], videos: Sequence[str], progress: ProgressFactory) -> list[Failure]:
+    """The videos of which not every frame can be read, all of which is tried."""
+    failures = []
+    with progress(len(videos), "read frames", "videos") as bar:
+        for video in videos:
+            try:
+                for source in sources.values():
+                    footage = source.about(video)
+                    values = footage.height * footage.width * (3 if source.grid.flow is None else 2)
+                    step = max(1, PIECE_BYTES // values)
+                    for first in range(0, footage.frames, step):
+                        source.read(video, first, min(first + step, footage.frames))
+            except (StoreError, VideoError) as error:
+                failures.append(Failure(video, type(error).__name__, str(error)))
+            bar.advance(1)
+    return failures

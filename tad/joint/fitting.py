@@ -26,6 +26,7 @@ from tad.joint.freezing import freeze
 from tad.joint.memory import choose, estimate, format_bytes
 from tad.recipe import DetectRecipe, JointRecipe
 from tad.store import Store
+from tad.training.distributed import planned_size
 from tad.training.rng import random_state, seed_all, set_random_state
 
 
@@ -34,7 +35,7 @@ def fitted(
 ) -> tuple[DetectRecipe, list[str]]:
     """The recipe, with mode, ratio and checkpointing so that a step fits into ``memory_bytes``, and what to say of it.
 
-    Without a budget the recipe stays as it is. The longest training sample counts, in one process.
+    Without a budget the recipe stays as it is. It is the memory of one process, for the longest training sample.
 
     Raises
     ------
@@ -53,14 +54,15 @@ def fitted(
     found = costs(full, joint, plan, store, detector, rows)
     of_detector = measure_detector(detector, lambda: _loss(detector, full, plan, store, rows))
     set_random_state(kept)
-    samples, train = full.train.batch_videos, full.train
+    samples, train = _share(full), full.train
     snippets = all(need.level == "features" for need in detector.needs)
     if memory_bytes is None:
         needed = estimate(
             found, samples=samples, mode=joint.mode, ratio=joint.ratio, checkpoint=joint.checkpoint, chunk=joint.chunk,
             detector=of_detector, optimizer=train.optimizer, ema=train.ema is not None,
         )  # fmt: skip
-        return recipe, [f"memory: a step of mode {joint.mode} needs about {format_bytes(needed.total)}"]
+        said = f"memory: a step of mode {joint.mode} needs about {format_bytes(needed.total)}"
+        return recipe, [said, needed.line()]
     chosen = choose(
         memory_bytes, found, samples=samples, ratio=joint.ratio, chunk=joint.chunk, detector=of_detector,
         snippets=snippets, optimizer=train.optimizer, ema=train.ema is not None,
@@ -69,17 +71,27 @@ def fitted(
     return recipe.model_copy(update={"joint": joint.model_copy(update=taken)}), chosen.lines()
 
 
+def _share(recipe: DetectRecipe) -> int:
+    """Videos of a batch that one process holds."""
+    return -(-recipe.train.batch_videos // planned_size())
+
+
 def longest_rows(recipe: DetectRecipe, plan: Plan, store: Store, need: LevelSpec) -> int:
     """Rows of the longest training sample."""
     if need.rows is not None:
         return need.rows
+    return min(longest_stored(plan, store, need), recipe.data.max_rows)
+
+
+def longest_stored(plan: Plan, store: Store, need: LevelSpec) -> int:
+    """Rows of the longest training video."""
     longest = 1
     for video in plan.train:
         try:
             longest = max(longest, len(feature_of(store, need, video)))
         except StoreError:
             continue  # training says so
-    return min(longest, recipe.data.max_rows)
+    return longest
 
 
 def readable(plan: Plan, store: Store, needs: Sequence[LevelSpec]) -> str:
@@ -120,6 +132,7 @@ def costs(
         if needs[0].level == "features":
             window = grid.plan.window
             clips = 2 * rows if needs[0].layout == "rescaled" else rows  # rescaled rows lie between two
+            clips = min(clips, longest_stored(plan, store, needs[0]))  # each stored row is computed once
             frames = (clips - 1) * grid.plan.stride + grid.plan.span
         else:
             clips, window = 1, (needs[0].rows or rows) * grid.levels[needs[0].level]
@@ -148,7 +161,7 @@ def _box(source: FrameSource, videos: list[str]) -> tuple[int, int]:
 
 def _loss(detector: Detector, recipe: DetectRecipe, plan: Plan, store: Store, rows: int) -> Any:
     """The detector's loss on a batch of random rows with one action each."""
-    count = recipe.train.batch_videos
+    count = _share(recipe)
     features: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for need in detector.needs:

@@ -67,6 +67,11 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(getattr(self, part.name) for part in fields(self))
 
+    def line(self) -> str:
+        """For the log: what takes how much."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return "memory: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+
 
 def estimate(
     streams: Sequence[StreamCost],
@@ -133,17 +138,12 @@ class Choice:
 
     def lines(self) -> list[str]:
         """For the log: what was chosen and needs how much of which, and what did not fit."""
-        parts = [
-            f"{part.name} {format_bytes(getattr(self.estimate, part.name))}"
-            for part in fields(self.estimate)
-            if getattr(self.estimate, part.name)
-        ]
         lines = [f"memory: {named}: needs {format_bytes(need)}, does not fit" for named, need in self.refused]
         lines.append(
             f"memory: {_named(self.mode, self.ratio, self.checkpoint)}: needs {format_bytes(self.estimate.total)} of "
             f"{format_bytes(self.budget)}, chosen"
         )
-        return [*lines, f"memory: {', '.join(parts)}"]
+        return [*lines, self.estimate.line()]
 
 
 def choose(

@@ -63,7 +63,7 @@ class JointModel(Detector):
             raise RecipeError(
                 f"joint.mode={joint.mode} samples snippets, but this detector reads stage outputs ({levels}) of one "
                 "pass over its window: take joint.mode=full (with joint.checkpoint=true where memory is short), or "
-                "joint.ratio=0"
+                "joint.mode=egs with joint.ratio=0"
             )
 
     def forward(self, batch: Batch) -> Any:

@@ -18,18 +18,19 @@ from tad.detect.preflight import Failure
 from tad.detect.runs import Run
 from tad.detect.source import StoreSource, WriteWeights
 from tad.detect.trained_on import check_features
-from tad.errors import RecipeError
+from tad.errors import RecipeError, StoreError
 from tad.extract.backbones import build_backbone
 from tad.extract.rows import StreamRows
 from tad.extract.streams import Stream, resolve
 from tad.joint.augment import Augmentation
 from tad.joint.bank import FeatureBank
-from tad.joint.dataset import JointDataset, check_frames, check_joint, collate, row_positions, snippet_clips
+from tad.joint.dataset import JointDataset, check_frames, check_joint, collate, damaged, row_positions, snippet_clips
 from tad.joint.encoder import Encoder
 from tad.joint.frames import FrameSource, open_sources
 from tad.joint.freezing import freeze
 from tad.joint.model import JointModel
 from tad.joint.runs import finish_saving, save_backbones, starting_features, write_starting
+from tad.progress import ProgressFactory
 from tad.recipe import DetectRecipe, TrainRecipe
 from tad.store import Level, Store
 from tad.training.distributed import World
@@ -71,8 +72,11 @@ class JointSource(StoreSource):
         check_features(run.path, starting_features(run.path), store)
         finish_saving(run.path)
 
-    def lacking(self, needs: Sequence[LevelSpec], videos: Sequence[str]) -> tuple[list[Failure], list[str]]:
-        """Videos whose frames are missing or are not those behind their rows, and what is worth saying of the others.
+    def lacking(
+        self, needs: Sequence[LevelSpec], videos: Sequence[str], *, processes: World, progress: ProgressFactory
+    ) -> tuple[list[Failure], list[str]]:
+        """Videos whose frames are missing, damaged or not those behind their rows, and what is worth saying of the
+        others. All frames are read once, as rows are before a training; each process reads its share.
 
         Raises
         ------
@@ -86,7 +90,13 @@ class JointSource(StoreSource):
         )
         check_joint(needs, self.recipe.data, self.sources)
         found = check_frames(self.store, needs, self.sources, videos, augmentation=self.augmentation)
-        return found.failures, [*self.remarks, *found.messages]
+        failed = {failure.video for failure in found.failures}
+        share = [video for video in videos if video not in failed][processes.rank :: processes.size]
+        parts = processes.gathered(damaged(self.sources, share, progress))
+        failures = found.failures + [failure for part in parts for failure in part]
+        if videos and len(failures) == len(videos):
+            raise StoreError(f"none of the {len(videos)} videos has frames to train from; the first: {failures[0]}")
+        return failures, [*self.remarks, *found.messages]
 
     def module(
         self,

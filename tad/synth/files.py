@@ -102,7 +102,7 @@ def make_videos(
     for video in (f"{subset}-{number:03d}" for number in range(videos)):
         if video in database and "synth" not in database[video]:
             raise AnnotationError(
-                f"{annotations}: '{video}' is there and no synthetic video; write into another folder"
+                f"{annotations}: '{video}' is no synthetic video; write into another folder"
             )
     made: list[SynthVideo] = []
     todo: list[tuple[Plan, Path]] = []

@@ -81,6 +81,11 @@ class World:
         self.copy_from_first(iter([buffer for buffer in module.buffers() if buffer.numel()]))
 
 
+def planned_size() -> int:
+    """How many processes ``torchrun`` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def world(device: str | torch.device | None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started (NCCL on CUDA, gloo on the CPU), or be alone.
@@ -90,7 +95,7 @@ def world(device: str | torch.device | None) -> Iterator[World]:
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = pick_device(device, local=local)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+    if planned_size() == 1 and not dist.is_initialized():
         yield World(0, 1, chosen)
         return
     if chosen.type == "cuda":

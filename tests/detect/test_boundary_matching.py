@@ -218,3 +218,18 @@ def test_the_same_on_cuda():
     assert torch.allclose(found.cpu(), wanted, atol=1e-4)
     for a, b in zip(expected, [y.grad, moved.weight.grad], strict=True):
         assert torch.allclose(a, b.cpu(), atol=1e-3, rtol=1e-3)
+
+
+def test_what_was_looked_up_without_gradients_serves_training_afterwards() -> None:
+    """Detection runs in inference mode, and its tables are kept for the next call of the same size."""
+    layer = BoundaryMatching(channels=3, hidden=2, samples=4)
+    with torch.inference_mode():
+        cells_to_map(torch.zeros(1, 28, 2), rows=7)
+        layer(torch.zeros(1, 3, 7))
+    features = torch.randn(1, 3, 7, requires_grad=True)
+    layer(features).square().sum().backward()
+    assert features.grad is not None
+    assert features.grad.abs().sum() > 0
+    cells = torch.zeros(1, 28, 2, requires_grad=True)
+    cells_to_map(cells, rows=7).sum().backward()
+    assert torch.equal(cells.grad, torch.ones(1, 28, 2))

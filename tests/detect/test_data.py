@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from tad.annotations import Truth, read_truth
 from tad.detect import preflight
@@ -525,3 +527,18 @@ def test_messages_say_what_is_odd(world: tuple[Path, Path]) -> None:
     assert "that no training video has, they count as missed: 'never trained'" in messages
     assert f"{data.counts['cut_videos']} training videos have more than 50 rows" in messages
     assert data.counts["cut_videos"] == sum(data.cache[v].rows > 50 for v in data.train) > 0
+
+
+class Broken(Dataset[Any]):
+    in_memory, seed = False, 0
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        raise StoreError(f"sample {key[1]} is damaged: extract it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_workers_are_those_of_samples(workers: int) -> None:
+    loader = EpochLoader(Broken(), workers=workers)  # type: ignore[arg-type]
+    with pytest.raises(StoreError) as raised:
+        list(loader.epoch(0, epoch_steps(3, batch=1, accumulate=1, seed=0, epoch=0)))
+    assert re.fullmatch(r"sample \d is damaged: extract it again", str(raised.value))

@@ -386,3 +386,15 @@ def test_a_ratio_that_is_a_whole_count_gives_it(part: int, total: int) -> None:
 def test_ratios_that_cannot_be(ratio: float) -> None:
     with pytest.raises(RecipeError, match="ratio"):
         sample_count(ratio, 10)
+
+
+def test_farthest_points_are_found_in_single_precision_whatever_surrounds_them() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(1, 128, 64)
+    features[0, 3:5] *= 50
+    first = torch.tensor([0])
+    expected = farthest_points(features, count=38, first=first)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = farthest_points(features, count=38, first=first)
+    assert torch.equal(found, expected)
+    assert len(found.unique()) == 38

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tad.apply import detect_videos
+from tad.annotations import read_truth
+from tad.apply import detect_videos, extract_for_run
+from tad.detect import detect
 from tad.detect.runs import Run, read_json, read_state, read_weights, trained_weights
+from tad.detect.train import left_out
 from tad.errors import RecipeError
+from tad.evaluate import detection_map
 from tad.extract import build_backbone, extract
 from tad.joint.bank import FeatureBank
 from tad.recipe import ExtractRecipe
-from tests.joint.test_train import assert_same_run, make_world, recipe_of, rows_of, stopping, train
+from tests.joint.test_train import assert_same_run, in_two, make_world, recipe_of, rows_of, stopping, train
 
 SLOW = {"optimizer": "sgd", "lr": 1e-3}
 UNSAMPLED = {"anchors_per_video": 100000, "proposals_per_video": 100000}  # TAL-Net draws none of them at random
@@ -142,3 +148,37 @@ def test_sptad_reads_levels_as_wide_as_they_are_stored(world: Path, tmp_path: Pa
     train(world, tmp_path / "silent", given.model_copy(update={"model": silent}))
     assert Run.load(tmp_path / "silent").recipe.model["level_channels"] == {"s1": 32, "s2": 64, "s4": 128}
     assert_same_run(tmp_path / "given", tmp_path / "silent")
+
+
+def test_damaged_frames_are_left_out_and_listed(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "own")
+    store = tmp_path / "own" / "features.zarr"
+    chunks = [p for p in (store / "frames/training-001/features").rglob("*") if p.is_file() and p.name.startswith("c")]
+    chunks[-1].write_bytes(b"no chunk")
+    metrics = train(tmp_path / "own", tmp_path / "run")
+    assert (metrics["counts"]["train_videos"], metrics["counts"]["broken_videos"]) == (2, 1)
+    assert left_out(metrics) == 1
+    listed = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["video"] for failure in listed] == ["training-001"]
+    assert train(tmp_path / "own", tmp_path / "run", resume=True) == metrics
+
+
+def test_damaged_files_are_left_out_and_listed(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "videos", tmp_path / "videos")
+    file = tmp_path / "videos" / "training-002.mp4"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 3] + bytes(len(content) - len(content) // 3))
+    metrics = train(world, tmp_path / "run", recipe_of(joint={"videos": str(tmp_path / "videos")}))
+    assert (metrics["counts"]["train_videos"], metrics["counts"]["broken_videos"]) == (2, 1)
+
+
+@pytest.mark.slow
+def test_processes_judge_the_averaged_weights_that_are_kept(world: Path, tmp_path: Path) -> None:
+    """Batch norms that train have other statistics in each process; the average takes those of the first."""
+    in_two(world, tmp_path / "run", {"train": {"ema": 0.5}, "joint": {"mode": "full", "frozen_norms": False}})
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    held = [world / f"videos/{video}.mp4" for video in read_state(tmp_path / "run" / "resume.pt")["holdout"]]
+    extract_for_run(held, run=tmp_path / "run", store=tmp_path / "new.zarr", device="cpu")
+    found = detect(run=tmp_path / "run", store=tmp_path / "new.zarr", device="cpu")
+    truth = read_truth(world / "annotations.json").subset("validation")
+    assert detection_map(truth, found).average == pytest.approx(metrics["average_map"], abs=1e-3)

@@ -1,5 +1,6 @@
 """Which mode a budget of memory gives, and that the run says so."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tad.joint.counting import saved_bytes
 from tad.joint.encoder import Encoder
 from tad.joint.fitting import costs, fitted, longest_rows
 from tad.joint.freezing import freeze
+from tad.joint.memory import parse_bytes
 from tad.recipe import DetectRecipe, JointRecipe, load_mapping
 from tad.store import open_store
 from tests.joint.trained import make_world
@@ -124,3 +126,31 @@ def test_the_run_records_the_chosen_mode_and_its_log_says_why(world: Path, tmp_p
             resume=True,
             device="cpu",
         )
+
+
+@pytest.mark.parametrize("layout", ["rescaled", "windowed"])
+def test_clips_are_no_more_than_a_video_has_rows(world: Path, layout: str) -> None:
+    model = {"layout": layout, "rows": 64, "width": 8, "lstm_width": 4, "branch_width": 4, "norm_groups": 2,
+             "roi_channels": 4, "head_width": 8, "branch_head_width": 4}  # fmt: skip
+    recipe = recipe_of(world).model_copy(update={"detector": "etad", "model": model})
+    with open_store(world / "features.zarr") as store:
+        plan = plan_training(recipe, store, read_truth(world / "annotations.json"))
+        detector = build_detector("etad", channels=plan.channels, classes=len(plan.classes), **model)
+        assert recipe.joint is not None
+        (cost,) = costs(recipe, recipe.joint, plan, store, detector, 64)
+        longest = max(len(store["look", video]) for video in plan.train)
+    assert cost.clips == longest < 64
+
+
+def test_the_memory_is_that_of_one_of_several_processes(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, needed = recipe_of(world, mode="full"), []
+    for processes in ("1", "2", "3"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with open_store(world / "features.zarr") as store:
+            _, (said, parts) = fitted(recipe, store, read_truth(world / "annotations.json"), memory_bytes=None)
+        assert "a step of mode full" in said
+        activations = re.search(r"activations ([\d.]+ \w+)", parts)
+        assert activations is not None
+        needed.append(parse_bytes(activations[1]))
+    assert needed[1] == pytest.approx(2 / 3 * needed[0], rel=0.02)  # of three videos two, then one
+    assert needed[2] == pytest.approx(1 / 3 * needed[0], rel=0.02)
