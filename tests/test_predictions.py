@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tad.annotations import read_predictions, write_predictions
+from tad.annotations import read_annotations, read_predictions, read_truth, write_predictions
 from tad.errors import AnnotationError
 
 
@@ -130,6 +130,32 @@ def test_bad_predictions_in_json(tmp_path, content, message):
 def test_bad_predictions_in_csv(tmp_path, text, message):
     with pytest.raises(AnnotationError, match=message):
         read_predictions(put(tmp_path, text, "p.csv"))
+
+
+def test_blanks_around_the_fields_of_csv_are_no_part_of_them(tmp_path):
+    text = 'video , start,end, label , score\n a b, 0 ,10,\trun fast , 0.9\r\n"a b" ,1, 2, "run ""a"", b" ,0.5\n \n'
+    expected = [("a b", 0.0, 10.0, "run fast", 0.9), ("a b", 1.0, 2.0, 'run "a", b', 0.5)]
+    assert rows(read_predictions(put(tmp_path, text, "p.csv"))) == expected
+    truth = read_annotations(
+        put(tmp_path, text.replace(" score", "fps").replace(" 0.9", "9").replace("0.5", "9"), "t.csv")
+    )
+    assert rows(truth[["video", "start_s", "end_s", "label"]]) == [row[:4] for row in expected]
+    proposals = read_predictions(put(tmp_path, "video,start,end,label,score\na, 0, 1, , 1\n", "q.csv"))
+    assert "label" not in proposals.columns
+
+
+def test_blanks_between_quotes_are_kept_in_truth_and_predictions(tmp_path):
+    text = 'video,start,end,label,score\n" a",0,1," run\n, x ",0.9\nb, 0,1,c,0.9\n'
+    expected = [(" a", " run\n, x "), ("b", "c")]
+    assert rows(read_predictions(put(tmp_path, text, "p.csv"))[["video", "label"]]) == expected
+    cut = text.replace(",score", "").replace(",0.9", "")
+    assert rows(read_annotations(put(tmp_path, cut, "t.csv"))[["video", "label"]]) == expected
+    info = put(tmp_path, 'video,subset\n" a"," val "\nb , val\n', "i.csv")
+    assert read_truth(tmp_path / "t.csv", videos=info).videos["subset"].tolist() == ["val", "val"]
+    with pytest.raises(
+        AnnotationError, match=r"line 5: score must be a finite number, got 'high'"
+    ):  # lines still count
+        read_predictions(put(tmp_path, text + "b, 0, 1, c, high\n", "p.csv"))
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(str.strip)

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from tad.errors import AnnotationError
 
 LIMIT_S = 1e300  # sums of times beyond this overflow; no video has them
 SHOWN = 5  # problems that an error spells out; the rest is counted
+
+# A field of CSV with the blanks around it: a quoted one up to the separator behind it, or one without quotes.
+_FIELD = re.compile(r'[^\S\r\n]*("[^"]*(?:""[^"]*)*")[^\S\r\n]*(?=[,\r\n]|\Z)|[^,\r\n]+')
+_BLANKS = re.compile(r"(?:\A|[,\r\n])[^\S\r\n]|[^\S\r\n](?:[,\r\n]|\Z)")  # where a field begins or ends
 
 
 class Problems:
@@ -121,11 +126,15 @@ def parse_json(text: str, path: object) -> Any:
 def parse_csv(text: str, path: object) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header and the rows of a CSV file, each row with the number of the line on which it ends.
 
+    Blanks around a field are no part of it, as in ``a, 0, 10``; those between quotes are.
+
     Raises
     ------
     AnnotationError : no header, a column name twice, or rows with more or fewer fields than the header.
     """
     problems = Problems(path)
+    if _BLANKS.search(text):  # csv cannot say which fields were quoted, so the blanks go before it reads
+        text = _FIELD.sub(lambda field: field[1] or field[0].strip(), text)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
     header: list[str] | None = None

@@ -181,7 +181,7 @@ def raw_from_csv(
 
     raw = Raw()
     for line, row in rows:
-        values = {name: row[index].strip() for name, index in places.items()}
+        values = {name: row[index] for name, index in places.items()}
         video = values["video"]
         where = f"line {line}, video {video!r}"
         if (complaint := bad_text(video, "the video id")) is not None:
@@ -201,7 +201,7 @@ def _merge(videos: dict[str, RawVideo], video: str, where: str, values: Mapping[
     """Add what a row says of its video; rows of one video must agree."""
     known = videos.setdefault(video, RawVideo(where))
     for name in ("subset", "duration", "fps"):
-        value = values.get(name) or None  # an empty field says nothing
+        value = values.get(name, "").strip() or None  # an empty field says nothing
         before = getattr(known, name)
         if before is None:
             setattr(known, name, value)

@@ -100,8 +100,11 @@ def _rows_of_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             f"{path}: a table of videos needs a column 'video' and at least one of subset, duration, fps and count; "
             f"found {', '.join(map(repr, header))}"
         )
-    names = [name for name in ("video", *_JSON_KEYS) if name in places]
-    return [(f"line {line}", {name: row[places[name]].strip() or None for name in names}) for line, row in lines]
+    names = [name for name in _JSON_KEYS if name in places]
+    return [
+        (f"line {line}", {"video": row[places["video"]], **{name: row[places[name]].strip() or None for name in names}})
+        for line, row in lines
+    ]
 
 
 def _from_rows(

@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
-from tad.cli.common import as_json, device_option, print_table, say, show
+from tad.cli.common import PARTLY, as_json, device_option, print_table, say, show
+
+SHOWN = 5  # videos that a note on failures names
+ASK = "and detections with labels are scored by mAP: ask for AR@AN with --proposals"
 
 annotations_option = click.option(
     "--annotations", required=True, type=click.Path(exists=True, dir_okay=False), help="Truth."
 )
-subset_option = click.option(
-    "--subset", help="Subset that is scored.  [default: the protocol's, else all that have truth]"
-)
+subset_option = click.option("--subset", help="Subset that is scored.  [default: the protocol's, else the only one]")
 protocol_option = click.option(
     "--protocol", help="thumos14-213/212/211/210, anet-1.3[-opentad|-afsd|-mmaction2], hacs: what is scored, and how."
 )
@@ -35,9 +36,7 @@ tiou_option = click.option(
 )
 @click.option("--store", help="Feature store for --run.")
 @click.option("--proposals", is_flag=True, help="Score AR@AN and AUC, also where the predictions have labels.")
-@click.option(
-    "--max-avg", type=float, default=100, show_default=True, help="Last number of proposals a video, for AR@AN."
-)
+@click.option("--max-avg", type=float, help="Last number of proposals a video, for AR@AN.  [default: 100]")
 @click.option(
     "--classification", type=click.Path(exists=True, dir_okay=False), help="Score a classifier: its scores by video."
 )
@@ -67,20 +66,21 @@ def evaluate(
     from tad.annotations import read_predictions, read_truth, read_video_scores
     from tad.evaluate import bootstrap_map, classification_scores, evaluate_recall, scope, table
     from tad.evaluate import evaluate as score
-    from tad.evaluate.bootstrap import interval_table
+    from tad.evaluate.bootstrap import check_sampling, interval_table
     from tad.evaluate.classification import classification_table
     from tad.evaluate.proposals import recall_table
 
-    if sum(bool(o[name]) for name in ("predictions", "run", "classification")) != 1 or bool(o["run"]) != bool(
-        o["store"]
-    ):
-        raise click.UsageError("give one of --predictions FILE, --run RUN with --store S, and --classification FILE")
+    check_options(o, tiou)
     levels = thresholds_of(tiou)
+    max_avg = 100.0 if o["max_avg"] is None else o["max_avg"]
     truth = read_truth(annotations)
+    part = scope(truth, protocol, subset, levels)
+    if o["bootstrap"] is not None:
+        check_sampling(o["bootstrap"], 0.95, o["seed"])
     grids: list[Any]
+    failures: list[Any] = []
     unlabelled = None  # the same proposals without the classes of whole videos, of a class-agnostic run
     if o["classification"]:
-        part = scope(truth, protocol, subset)
         other = set(truth.videos["video"]) - set(part.truth.videos["video"])  # of other subsets: no false positives
         leave_out = [*part.options["leave_out"], *other]
         accuracy = classification_scores(part.truth, read_video_scores(o["classification"]), leave_out=leave_out)
@@ -90,13 +90,20 @@ def evaluate(
         if o["predictions"]:
             predictions = read_predictions(o["predictions"])
         else:
-            predictions, unlabelled = detected(o, subset or score_subset(protocol), truth)
+            # Scored once with nothing found: what scoring refuses, it refuses before hours of detection.
+            if o["proposals"]:
+                evaluate_recall(truth, no_predictions(), protocol, subset, levels, max_avg=max_avg)
+            else:
+                score(truth, no_predictions(), protocol=protocol, subset=subset, tiou=levels)
+            predictions, unlabelled, failures = detected(o, part)
         if o["proposals"] or "label" not in predictions.columns:
             if o["bootstrap"] is not None:
                 raise click.UsageError("--bootstrap gives intervals of mAP; these are proposals, without labels")
-            found = evaluate_recall(truth, predictions, protocol, subset, levels, max_avg=o["max_avg"])
+            found = evaluate_recall(truth, predictions, protocol, subset, levels, max_avg=max_avg)
             data, notes, grids = found.to_dict(), found.notes, [recall_table(found)]
         else:
+            if o["max_avg"] is not None:
+                raise click.UsageError(f"--max-avg is of AR@AN, {ASK}")
             result = score(truth, predictions, protocol=protocol, subset=subset, tiou=levels)
             data, notes, grids = result.to_dict(), result.notes, [table(result)]
             if unlabelled is not None:
@@ -104,24 +111,56 @@ def evaluate(
                 data["without_classes"] = {key: value for key, value in one.to_dict().items() if key != "ap"}
                 notes = (*notes, f"as proposals, without classes: average mAP {100 * one.average:.2f}")
             if o["bootstrap"] is not None:
-                part = scope(truth, protocol, subset, levels)
                 spread = bootstrap_map(
                     part.truth, predictions, part.tiou, samples=o["bootstrap"], seed=o["seed"], **part.options
                 )
                 data["intervals"] = spread.to_dict()
                 grids.append(interval_table(spread))
+        if failures:
+            missed = missed_note(failures)
+            data["notes"], notes = [*data["notes"], missed], (*notes, missed)
     write_result(out, data)
+    for failure in failures:
+        say(f"failed: {failure}")
     for note in notes:
         say(f"note: {note}")
     if as_json:
         show(data)
-        return
-    for grid in grids:
-        print_table(grid)
+    else:
+        for grid in grids:
+            print_table(grid)
+    if failures:
+        click.get_current_context().exit(PARTLY)
 
 
-def detected(o: dict[str, Any], subset: str | None, truth: Any) -> tuple[Any, Any]:
-    """Detections of a run and, where their classes are those of whole videos, its proposals as one class."""
+def check_options(o: dict[str, Any], tiou: str | None) -> None:
+    """Refuse options that do not go together, rather than pass over some of them."""
+    if sum(bool(o[name]) for name in ("predictions", "run", "classification")) != 1 or bool(o["run"]) != bool(
+        o["store"]
+    ):
+        raise click.UsageError("give one of --predictions FILE, --run RUN with --store S, and --classification FILE")
+    if o["classification"]:
+        given = {"--tiou": tiou, "--proposals": o["proposals"] or None}
+        given |= {"--bootstrap": o["bootstrap"], "--max-avg": o["max_avg"]}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise click.UsageError(f"{', '.join(unused)}: of detections or proposals; --classification takes none")
+    if o["run"] and o["max_avg"] is not None and not o["proposals"]:
+        raise click.UsageError(f"--max-avg is of AR@AN, {ASK}")
+    if o["proposals"] and o["bootstrap"] is not None:
+        raise click.UsageError("--bootstrap gives intervals of mAP; with --proposals there is none")
+
+
+def no_predictions() -> Any:
+    """An empty table of predictions."""
+    import pandas as pd
+
+    names = ["video", "start_s", "end_s", "label", "score"]
+    return pd.DataFrame([], columns=names).astype({"start_s": float, "end_s": float, "score": float})
+
+
+def detected(o: dict[str, Any], part: Any) -> tuple[Any, Any, list[Any]]:
+    """Detections of a run in the videos that are scored, and no others; where their classes are those of whole videos,
+    its proposals as one class; and which videos failed."""
     import tempfile
     from pathlib import Path
 
@@ -130,17 +169,28 @@ def detected(o: dict[str, Any], subset: str | None, truth: Any) -> tuple[Any, An
     from tad.detect.raw import load_raw
 
     run = Run.load(o["run"])
-    same = {"run": run, "store": o["store"], "subset": subset, "annotations": truth, "device": o["device"]}
+    left_out = set(part.options["leave_out"])
+    videos = [video for video in part.truth.videos["video"].tolist() if video not in left_out]
+    failures: list[Any] = []
+    same = {"run": run, "store": o["store"], "videos": videos, "device": o["device"], "failures": failures}
     if not run.class_agnostic:
-        return detect(**same), None
+        return detect(**same), None, failures
     if o["proposals"]:
-        return detect(**same, proposals=True), None
+        return detect(**same, proposals=True), None, failures
     with tempfile.TemporaryDirectory(prefix="tad-") as folder:
         raw_out = Path(folder) / "raw.npz"
         predictions = detect(**same, raw_out=raw_out)
         raw = load_raw(raw_out)
     raw.class_scores = None
-    return predictions, detections(raw)[0].assign(label="action")
+    return predictions, detections(raw)[0].assign(label="action"), failures
+
+
+def missed_note(failures: list[Any]) -> str:
+    """One sentence on the videos that failed."""
+    videos = {failure.video: failure for failure in failures}
+    named = "; ".join(str(failure) for failure in list(videos.values())[:SHOWN])
+    more = f"; and {len(videos) - SHOWN} more" if len(videos) > SHOWN else ""
+    return f"{len(videos)} videos failed, and what is true in them counts as missed: {named}{more}"
 
 
 def one_class(truth: Any) -> Any:
@@ -167,13 +217,6 @@ def write_result(out: str | None, data: Any) -> None:
     from tad.annotations._files import write_atomically
 
     write_atomically(out, iter([json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)]))
-
-
-def score_subset(protocol: str | None) -> str | None:
-    """The subset that a protocol scores."""
-    from tad.evaluate import PROTOCOLS
-
-    return PROTOCOLS[protocol].subset if protocol in PROTOCOLS else None
 
 
 @click.command()

@@ -99,6 +99,130 @@ def test_one_thing_is_scored_at_a_time(folder, options):
     assert "give one of --predictions FILE" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "option", [["--bootstrap", 5], ["--bootstrap", 0], ["--tiou", 0.5], ["--proposals"], ["--max-avg", 100]]
+)
+def test_a_classifier_has_no_options_of_detections(folder, option):
+    arguments = ["evaluate", "--annotations", folder / "A.json", "--subset", "validation"]
+    refused = tad(*arguments, "--classification", folder / "scores.json", *option)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"{option[0]}: of detections or proposals" in refused.stderr
+
+
+def test_no_option_is_passed_over_in_silence(folder):
+    arguments = ["evaluate", "--annotations", folder / "A.json", "--subset", "validation"]
+    arguments += ["--predictions", folder / "one.json"]
+    for option, words in ((["--max-avg", 10], "--proposals"), (["--proposals", "--bootstrap", 5], "--bootstrap")):
+        refused = tad(*arguments, *option)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+    for command in ("evaluate", "diagnose", "compare"):  # as with two subsets and neither, in the test below
+        assert "else the only one]" in " ".join(tad(command, "--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--protocol", "hcas"], "unknown protocol 'hcas'"),
+        (["--subset", "fold"], "no subset 'fold'"),
+        ([], "has the subsets training, validation: name one"),
+        (["--subset", "val", "--bootstrap", 0], "samples must be a whole number of at least 1, got 0"),
+        (["--subset", "val", "--bootstrap", 5, "--seed", -1], "seed must be"),
+        (["--subset", "val", "--bootstrap", 5, "--proposals"], "--bootstrap gives intervals of mAP"),
+        (["--subset", "val", "--proposals", "--max-avg", -1], "max_avg and points must be positive"),
+        (["--subset", "val", "--max-avg", 5], "ask for AR@AN with --proposals"),
+        (["--subset", "val", "--tiou", "0.5,1.5"], "tIoU thresholds must lie in (0, 1]"),
+        (["--subset", "testing"], "the truth has no segment to score"),
+    ],
+)
+def test_what_scoring_refuses_is_refused_before_detection(folder, options, words):
+    content = json.loads((folder / "A.json").read_text())
+    if "testing" in options:
+        content["database"]["d"] = {"subset": "testing", "duration": 9.0, "annotations": []}
+    (folder / "B.json").write_text(json.dumps(content))
+    run = ["--run", folder, "--store", folder / "absent"]  # loading it is the first step of detection, and would fail
+    refused = tad("evaluate", "--annotations", folder / "B.json", *run, *options)
+    assert refused.exit_code in (1, 2)
+    assert words in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A store of training and validation videos, their truth, and runs with and without classes of their own."""
+    import torch
+
+    from tad.annotations import write_video_scores
+    from tad.detect import train_detector
+    from tests.detect.toydetector import CLASSES, make_world, toy_recipe
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("world")
+    store, annotations = make_world(folder, training=6, testing=3, rows=(40, 50))
+    segments = read_truth(annotations).segments
+    counts = pd.crosstab(segments["video"], segments["label"]).reindex(columns=list(CLASSES), fill_value=0)
+    write_video_scores(folder / "scores.json", counts.div(counts.sum(axis=1), axis=0).clip(lower=1e-3))
+    short = {"store": store, "annotations": annotations, "device": "cpu"}
+    steps = {"train": {"epochs": 2, "select": "last"}, "data": {"holdout": 0}}
+    train_detector(toy_recipe(**steps), out=folder / "toy", **short)
+    agnostic = {"detector": "toy-proposals", "classes": {"scores": str(folder / "scores.json")}}
+    train_detector(toy_recipe(**agnostic, **steps), out=folder / "toy-proposals", **short)
+    return folder, store, json.loads(annotations.read_text())["database"]
+
+
+def of_run(world, run, database, *options, ids=True):
+    """Exit status and JSON of ``tad evaluate --run`` on a truth of these videos."""
+    folder, store, _ = world
+    file = folder / "truth.json"
+    file.write_text(json.dumps({"database": database} if ids else database))
+    done = tad("evaluate", "--annotations", file, "--run", folder / run, "--store", store, "--json", *options)
+    assert done.exit_code in (0, 3), done.output
+    return done, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("run", ["toy", "toy-proposals"])
+def test_the_score_of_a_run_does_not_depend_on_what_else_is_stored(world, run):
+    folder, store, database = world
+    one = {video: entry for video, entry in database.items() if entry["subset"] == "validation"}
+    bare = {video: {key: entry[key] for key in ("duration", "annotations")} for video, entry in one.items()}
+    from tad.detect import detect
+
+    done, whole = of_run(world, run, database, "--subset", "validation")
+    assert done.exit_code == 0
+    assert whole["average_map"] > 0
+    assert whole["counts"]["predictions_outside"] == 0
+    for again in (of_run(world, run, one), of_run(world, run, bare, ids=False)):
+        assert again[0].exit_code == 0
+        assert again[1] == whole
+    found = detect(run=folder / run, store=store, videos=list(one))
+    write_predictions(folder / "found.json", found)
+    given = ["evaluate", "--annotations", folder / "truth.json", "--predictions", folder / "found.json", "--json"]
+    whole.pop("without_classes", None)
+    assert json.loads(tad(*given).stdout) == whole
+    # a protocol's subset is not needed where the truth has none, and its tIoU thresholds count
+    _, hacs = of_run(world, run, bare, "--protocol", "hacs", ids=False)
+    hacs.pop("without_classes", None)
+    assert hacs == json.loads(tad(*given, "--protocol", "hacs").stdout)
+    _, recall = of_run(world, run, bare, "--proposals", "--max-avg", 5, ids=False)
+    assert recall["counts"]["videos"] == 3
+    assert recall["counts"]["predictions_outside"] == 0
+
+
+def test_videos_that_fail_are_noted_and_exit_with_three(world):
+    _, _, database = world
+    one = {video: entry for video, entry in database.items() if entry["subset"] == "validation"}
+    gone = {"subset": "validation", "duration": 9.0, "annotations": [{"segment": [1, 5], "label": "run"}]}
+    _, whole = of_run(world, "toy", one)
+    done, data = of_run(world, "toy", {**one, "gone/ü": gone}, "-o", world[0] / "metrics.json")
+    assert done.exit_code == 3
+    assert data["average_map"] < whole["average_map"]
+    assert [note for note in data["notes"] if "gone/ü: no features in rgb, flow" in note]
+    assert "failed: gone/ü: no features" in done.stderr
+    assert json.loads((world[0] / "metrics.json").read_text()) == data
+    # what a protocol leaves out is not searched, so it cannot fail
+    done, _ = of_run(world, "toy", {**one, "S8GtH2Zayds": gone}, "--protocol", "hacs")
+    assert done.exit_code == 0
+
+
 def test_diagnose_says_what_to_do_and_writes_what_the_function_gives(folder):
     arguments = ["diagnose", "--annotations", folder / "A.json", "--subset", "validation"]
     arguments += ["--predictions", folder / "one.json"]
