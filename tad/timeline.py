@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from tad.errors import StoreError
+
 
 @dataclass(frozen=True, slots=True)
 class TimeAxis:
@@ -86,10 +88,13 @@ class TimeAxis:
 
     def rows_between(self, start_s: float, end_s: float, *, rows: int) -> slice:
         """The rows whose centres lie in ``[start_s, end_s]``, as a slice of a sequence of ``rows`` rows (may be
-        empty).
+        empty). Either end may be infinite; NaN raises :class:`StoreError`.
         """
-        first = min(max(0, math.ceil(self.row_at(start_s) - 1e-9)), rows)
-        last = min(rows - 1, math.floor(self.row_at(end_s) + 1e-9))
+        if math.isnan(start_s) or math.isnan(end_s):
+            raise StoreError(f"rows between {start_s} and {end_s} seconds: NaN is no time; give seconds, or infinity")
+        first_at, last_at = (min(max(self.row_at(t), -1.0), float(rows)) for t in (start_s, end_s))
+        first = max(0, math.ceil(first_at - 1e-9))
+        last = min(rows - 1, math.floor(last_at + 1e-9))
         return slice(first, max(first, last + 1))
 
     # ---- axes made of axes ---------------------------------------------------------------------------------------

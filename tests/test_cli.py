@@ -147,6 +147,31 @@ def test_import_then_ls_info_index_gc(tmp_path: Path) -> None:
     assert tad("store", "gc", tmp_path / "s").exit_code == 0
 
 
+def test_store_commands_tell_json_whole_and_refuse_names_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "npy").mkdir()
+    for name, rows in (("a", 50), ("b", 60)):
+        np.save(tmp_path / "npy" / f"{name}.npy", np.ones((rows, 8), np.float32))
+    (tmp_path / "npy" / "c.npy").write_bytes(b"no array")
+    durations = {name: {"duration": 123.0, "subset": "testing", "annotations": []} for name in "ab"}
+    (tmp_path / "truth.json").write_text(json.dumps({"database": durations}))
+    axis = ["--store", tmp_path / "s", "--stream", "rgb", "--fps", 29.97, "--window", 32, "--stride", 7]
+    gone = tad("store", "import", tmp_path / "nonexist", *axis)
+    assert (gone.exit_code, gone.stdout) == (1, "")
+    assert "no such file or folder" in gone.stderr
+    assert not (tmp_path / "s").exists()
+    done = tad("store", "import", tmp_path / "npy", *axis, "--annotations", tmp_path / "truth.json", "--json")
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["written"], report["already"]) == (3, ["a", "b"], [])
+    assert [sorted(item) for item in report["skipped"] + report["warnings"]] == [["file", "why"]] * 3
+    assert [item["file"] for item in report["warnings"]] == ["a.npy", "b.npy"]
+    listed = json.loads(tad("store", "ls", tmp_path / "s", "--stream", "rgb", "--json").stdout)
+    assert [entry["scale_s"] for entry in listed] == [7 / 29.97] * 2  # every digit
+    assert [entry["num_frames_used"] for entry in listed] == [None] * 2
+    unknown = tad("store", "ls", tmp_path / "s", "--stream", "rbg")
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert "no stream 'rbg'. Did you mean 'rgb'?" in unknown.stderr
+
+
 def test_interrupting_leaves_what_is_complete_and_exits_with_130(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()

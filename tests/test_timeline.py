@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tad.errors import StoreError
 from tad.timeline import TimeAxis
 
 axes = st.builds(
@@ -56,6 +57,17 @@ def test_rows_between_holds_exactly_the_centres_inside(axis: TimeAxis, rows: int
     surely = [i for i in range(rows) if start + 1e-6 <= i <= start + length - 1e-6]
     chosen = list(range(rows))[found]
     assert set(surely) <= set(chosen) <= set(inside)
+
+
+def test_rows_between_takes_infinity_and_refuses_nan() -> None:
+    axis, inf = TimeAxis(0.5, 0.25, 0.5), float("inf")
+    picked = {ends: list(range(10))[axis.rows_between(*ends, rows=10)] for ends in ((1.0, inf), (-inf, 1.0))}
+    assert picked == {(1.0, inf): [2, 3, 4, 5, 6, 7, 8, 9], (-inf, 1.0): [0, 1]}
+    for ends, count in (((-inf, inf), 10), ((inf, inf), 0), ((-inf, -inf), 0), ((inf, -inf), 0), ((1e300, 1e308), 0)):
+        assert len(list(range(10))[axis.rows_between(*ends, rows=10)]) == count
+    for bad in ((float("nan"), 1.0), (1.0, float("nan"))):
+        with pytest.raises(StoreError, match="NaN is no time"):
+            axis.rows_between(*bad, rows=10)
 
 
 @given(axis=axes, factor=st.integers(1, 8), row=st.integers(0, 20))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,12 +24,15 @@ def store_ls(path: str, stream: str | None, as_json: bool) -> None:
     from tad.store import open_store
 
     with open_store(path) as opened:
+        if stream is not None:
+            opened.stream_attrs(stream)  # an unknown one is an error
         table = opened.catalog()
     if stream is not None:
         table = table[table["stream"] == stream]
     columns = ["stream", "video", "level", "shape", "dtype", "scale_s", "duration_s"]
     if as_json:
-        show(json.loads(table.to_json(orient="records")))
+        entries = table.to_dict("records")  # numbers as they are; where there is none, pandas has NaN
+        show([{name: None if value != value else value for name, value in entry.items()} for entry in entries])
     else:
         click.echo(table[columns].to_string(index=False) if len(table) else "the store holds no entry")
 
@@ -138,11 +141,17 @@ def store_import(
 
     \b
     tad store import thumos_i3d/ --store S --stream i3d --fps 30 --window 16 --stride 4
+
+    What `tad store export` wrote has an index.json, which tells ids, time axes and durations: --fps, --window and
+    --stride may be left out.
     """
     from tad.store import import_features, open_store
+    from tad.store.export_index import INDEX
+    from tad.store.feature_files import find_files
 
     lacking = [f"--{name}" for name in ("fps", "window", "stride") if o[name] is None]
-    if lacking and not o["rescaled"]:
+    indexed = len(lacking) == 3 and (Path(folder) / INDEX).is_file()
+    if lacking and not o["rescaled"] and not indexed:
         raise click.UsageError(
             f"give {', '.join(lacking)}: the time axis of features is not in their files (or --rescaled)"
         )
@@ -152,6 +161,7 @@ def store_import(
 
         videos = read_videos(annotations).dropna(subset=["duration_s"])
         durations = dict(zip(videos["video"], videos["duration_s"].astype(float), strict=True))
+    find_files(Path(folder))  # a mistyped folder is an error, and makes no store
     with open_store(path, "a", format=o.pop("format")) as opened:
         report = import_features(folder, opened, stream, durations=durations, **o)
         opened.write_catalog()
@@ -160,7 +170,7 @@ def store_import(
     for file, why in report.skipped:
         say(f"skipped {file}: {why}")
     if as_json:
-        show({"written": report.written, "already": report.already, "skipped": report.skipped})
+        show(report.to_dict())
     else:
         click.echo(
             f"{len(report.written)} entries written, {len(report.already)} already there, {len(report.skipped)} skipped"
@@ -204,7 +214,7 @@ def store_pack(path: str, folder: str | None, file: str | None, streams: tuple[s
 @click.option("--level", help="Its level.  [default: features, else the finest]")
 @click.option("--layout", type=click.Choice(["TC", "CT"]), default="TC", show_default=True, help="Which axis is first.")
 @click.option("--format", type=click.Choice(["npy", "npz"]), default="npy", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Write files again that are there.")
+@click.option("--overwrite", is_flag=True, help="Write all files again, also over files that index.json does not list.")
 @as_json
 @click.pass_context
 def store_export(ctx: click.Context, /, path: str, folder: str, stream: str, as_json: bool, **o: Any) -> None:

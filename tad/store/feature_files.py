@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tad.errors import StoreError
+from tad.store.export_index import INDEX, Layout, Listed, listed, read_index
 
 KEYS = ("feats", "features", "feat", "feature")  # what the one array of a file with several is called
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
@@ -37,13 +38,24 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """One video's features, not yet read; ``label`` names the file (and key), ``name`` still has prefix and suffix."""
+    """One video's features, not yet read; ``label`` names the file (and key), ``name`` still has prefix and suffix.
+
+    ``listed`` is what ``index.json`` promises of a file that an export wrote.
+    """
 
     label: str
     name: str
     path: Path
     key: str | None = None
     rows_first: bool = False  # the format says so
+    listed: Listed | None = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """Which axis is time, where the format or ``index.json`` says it."""
+        if self.rows_first:
+            return "TC"
+        return None if self.listed is None else self.listed.layout
 
     def source(self) -> dict[str, Any]:
         """What ``Store.is_done`` compares."""
@@ -52,12 +64,12 @@ class FeatureFile:
 
 
 def find_files(source: Path) -> list[FeatureFile]:
-    """The candidates in a folder (not below it) or in one HDF5 file, sorted; :class:`StoreError` without any."""
+    """The candidates in a folder (not below it) or in one HDF5 file, sorted; :class:`StoreError` without any.
+
+    In a folder that an export wrote, ``index.json`` is none, and the files that it lists have their video's id as name.
+    """
     if source.is_dir():
-        found = [
-            FeatureFile(path.name, path.stem, path, rows_first=path.suffix.lower() == ".csv")
-            for path in sorted(source.iterdir())
-        ]
+        found = _in_folder(source)
     elif source.suffix.lower() in HDF5_SUFFIXES and source.is_file():
         found = [FeatureFile(f"{source.name}:{key}", key, source, key) for key in _hdf5_keys(source)]
     elif source.is_file():
@@ -71,9 +83,24 @@ def find_files(source: Path) -> list[FeatureFile]:
     return found
 
 
+def _in_folder(folder: Path) -> list[FeatureFile]:
+    try:
+        index = read_index(folder)
+    except StoreError:  # of something else: a file among others, which will be said to be of no known kind
+        index = {}
+    found = []
+    for path in sorted(folder.iterdir()):
+        if index and path.name == INDEX:
+            continue
+        row = index.get(path.name)
+        name, promised = (path.stem, None) if row is None else (row["video"], listed(row))
+        found.append(FeatureFile(path.name, name, path, rows_first=path.suffix.lower() == ".csv", listed=promised))
+    return found
+
+
 def read_features(file: FeatureFile, *, allow_pickle: bool) -> np.ndarray:
     """The array of one file with singleton axes removed, as it lies there: (T, C) or (C, T), of maps and frames
-    (T, C, H, W) or (C, T, H, W).
+    (T, C, H, W) or (C, T, H, W). An array of the shape that ``index.json`` promises stays as it is.
 
     Raises
     ------
@@ -81,7 +108,10 @@ def read_features(file: FeatureFile, *, allow_pickle: bool) -> np.ndarray:
     """
     if file.key is not None:
         return _of_two_or_four_axes(_read_hdf5_key(file.path, file.key))
-    return _of_two_or_four_axes(READERS[file.path.suffix.lower()](file.path, allow_pickle))
+    array = READERS[file.path.suffix.lower()](file.path, allow_pickle)
+    if file.listed is not None and array.shape == file.listed.shape and array.dtype.kind in "fiu":
+        return array
+    return _of_two_or_four_axes(array)
 
 
 def why_not(file: FeatureFile, *, allow_pickle: bool) -> str | None:

@@ -97,6 +97,7 @@ class Hdf5Backend:
         return None if data is None else parse_attrs(data, STREAM, where=self.files.where(stream))
 
     def put_stream(self, stream: str, attrs: Mapping[str, Any]) -> bool:
+        native_attrs(attrs, where=self.files.where(stream))  # store.h5 will have to hold them
         return self.files.write_new(f"{stream}/{_STREAM}", _json(attrs))
 
     # ---- entries ---------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Hdf5Backend:
     # ---- store.h5 --------------------------------------------------------------------------------
     def link(self) -> None:
         """Rewrite ``store.h5`` from the folders, and look again: an entry may have come while it was written."""
-        for _ in range(3):
+        for _ in range(LOOKS):
             found = self._scan()
             self._write_master(found)
             if self._scan() == found:
@@ -271,17 +272,22 @@ def _json(attrs: Mapping[str, Any]) -> bytes:
 
 
 def write_attrs(target: Any, attrs: Mapping[str, Any], *, where: str) -> None:
-    as_json = []
-    for name, value in attrs.items():
-        if not _is_native(value):
-            as_json.append(name)
-            value = json.dumps(value)
-        if isinstance(value, str) and len(value.encode()) > _ATTRIBUTE_BYTES:
-            raise StoreError(
-                f"{where}: the attribute {name!r} is {len(value)} characters long; HDF5 takes 64 KB an attribute"
-            )
+    for name, value in native_attrs(attrs, where=where).items():
         target[name] = value
-    target[_JSON_ATTRS] = json.dumps(as_json)
+
+
+def native_attrs(attrs: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """``attrs`` as HDF5 takes them, ``json-attrs`` with them. Raises :class:`StoreError` for one that is too long."""
+    as_json = [name for name, value in attrs.items() if not _is_native(value)]
+    native = {name: json.dumps(value) if name in as_json else value for name, value in attrs.items()}
+    native[_JSON_ATTRS] = json.dumps(as_json)
+    for name, value in native.items():
+        text = value if isinstance(value, str) else ""
+        if len(name.encode("utf-8", "replace")) + len(text.encode()) > _ATTRIBUTE_BYTES:
+            raise StoreError(
+                f"{where}: the attribute {name[:60]!r} is {len(text)} characters long; HDF5 takes 64 KB an attribute"
+            )
+    return native
 
 
 def _is_native(value: Any) -> bool:

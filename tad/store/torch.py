@@ -28,7 +28,8 @@ class SnippetDataset(Dataset[dict[str, Any]]):
     store : an open store, or where it lies.
     streams : names of streams, or (stream, level) where a stream has several; the first one is cut.
     rows : length of a window in rows of the first stream; None takes whole videos.
-    step : rows from one window to the next; None puts them side by side. The last window of a video may be shorter.
+    step : rows from one window to the next; None puts them side by side. The last window of a video may be shorter;
+        a step above ``rows`` leaves rows out between windows, and never makes an empty one.
     level : the level of every stream that is given by name alone; None takes ``features``, else the finest.
     videos : ids; None takes those that every stream has.
 
@@ -76,7 +77,8 @@ class SnippetDataset(Dataset[dict[str, Any]]):
         lengths = [len(self.store[self._key(stream, video)]) for stream in self.streams]  # all must be there
         if self.rows is None or self.step is None:
             return 1
-        return max(1, math.ceil((lengths[0] - self.rows) / self.step) + 1)
+        beyond_the_first = math.ceil((lengths[0] - self.rows) / self.step)
+        return 1 + max(0, min(beyond_the_first, (lengths[0] - 1) // self.step))  # every window starts at a row
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -106,6 +106,32 @@ def test_importing_again(store: Store, folder: Path) -> None:
     assert store["rgb", "v1"].shape == (17, 6)
 
 
+@pytest.mark.parametrize("grid", [{"rescaled": True}, GRID])
+def test_a_corrected_duration_is_not_there_already(store: Store, folder: Path, grid: dict[str, Any]) -> None:
+    for number in range(2):
+        np.save(folder / f"v{number}.npy", rows(100, 6, seed=number))
+    grid = {"layout": "TC"} | grid
+    import_features(folder, store, "s", durations={"v0": 10.0, "v1": 26.0}, **grid)
+    right = {"v0": 27.0, "v1": 26.0}
+    report = import_features(folder, store, "s", durations=right, **grid)
+    assert (report.written, report.already) == ([], ["v1"])
+    assert "another duration" in why(report, "v0.npy")
+    assert "overwrite" in why(report, "v0.npy")
+    assert store["s", "v0"].duration_s == 10.0
+    assert import_features(folder, store, "s", durations=right, overwrite=True, **grid).written == ["v0"]
+    assert store["s", "v0"].duration_s == 27.0
+    assert store["s", "v0"].axis.scale_s == pytest.approx(0.27 if "rescaled" in grid else 8 / 30)
+    assert import_features(folder, store, "s", **grid).already == ["v0", "v1"]  # none is given
+
+
+def test_a_video_that_would_end_before_it_starts_stops_nothing(store: Store, folder: Path) -> None:
+    for number in range(3):
+        np.save(folder / f"v{number}.npy", rows(1 if number == 1 else 10, 6))
+    report = import_features(folder, store, "s", layout="TC", fps=30, window=16, stride=16, offset=-16)
+    assert report.written == ["v0", "v2"]
+    assert "1 rows, which end at 0.0 seconds" in why(report, "v1.npy")
+
+
 def test_a_damaged_entry_is_imported_again_when_told_so(store: Store, folder: Path, tmp_path: Path) -> None:
     for number in range(2):
         np.save(folder / f"v{number}.npy", rows(10 + number, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ from zarr.storage import ZipStore
 
 from tad.cli import main
 from tad.errors import StoreError
-from tad.store import import_features, open_store
+from tad.store import Level, Store, exporters, import_features, open_store
 from tad.store.exporters import export_features
 from tad.store.pack import pack_h5, pack_zip
 from tad.timeline import TimeAxis
@@ -134,6 +135,219 @@ def test_an_exported_stream_can_be_imported_again(tmp_path: Path) -> None:
             assert other["again", "plain"].axis == store["s", "plain"].axis
 
 
+def two_streams(folder: Path) -> Path:
+    """``a`` and ``b`` on grids of their own, ``a`` with another frame rate in each video; ``maps`` has single rows."""
+    with open_store(folder / "two.zarr", "a") as store:
+        source = {"name": "v.mp4", "size": 1, "mtime_ns": 2}
+        for stream, channels, stride in (("a", 4, 8), ("b", 3, 4)):
+            store.create_stream(stream, {"stride": stride})
+            for number, video in enumerate(VIDEOS):
+                fps = 29.97 - number
+                axis = TimeAxis.from_frames(fps=fps, window_frames=16, stride_frames=stride)
+                held = Level(rows(10 + number, channels, seed=stride + number), axis, stride, 16, fps)
+                store.write(stream, video, {"features": held}, duration_s=5.0 + number, source=source)
+        store.create_stream("maps", {})
+        for video, shape in (("one", (1, 1, 3, 5)), ("point", (6, 1, 1, 1))):
+            array = np.random.default_rng(3).integers(0, 255, shape).astype("uint8")
+            store.write("maps", video, {"s4": Level(array, AXIS)}, duration_s=4.0, source=source)
+    return folder / "two.zarr"
+
+
+def index_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["file"]: row for row in json.loads((folder / "index.json").read_text(encoding="utf-8"))}
+
+
+def assert_true(folder: Path, store: Store) -> None:
+    """Every file is listed, and holds what its row in the index says."""
+    index = index_of(folder)
+    assert set(index) == {path.name for path in folder.glob("*.np?")}
+    for file, row in index.items():
+        held = np.load(folder / file)
+        held = held["feats"] if file.endswith(".npz") else held
+        feature = store[row["stream"], row["video"], row["level"]]
+        np.testing.assert_array_equal(held.T if row["layout"] == "CT" else held, feature.numpy())
+        assert row["sha256"] == feature.attrs["sha256"][feature.level]
+        assert (row["shape"], row["duration_s"]) == (list(feature.shape), feature.duration_s)
+        assert TimeAxis(row["scale_s"], row["translation_s"], row["window_s"]) == feature.axis
+
+
+def test_a_folder_that_holds_something_else_is_written_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_store(two_streams(tmp_path), "a") as store:
+        for stream, layout in (("a", "TC"), ("b", "TC"), ("a", "TC"), ("a", "CT"), ("b", "CT"), ("b", "TC")):
+            report = export_features(store, stream, out, layout=layout)
+            assert (sorted(report.written), report.already, report.failures) == (sorted(VIDEOS), [], [])
+            assert_true(out, store)
+        assert sorted(export_features(store, "b", out).already) == sorted(VIDEOS)
+        again = Level(rows(12, 3, seed=99), AXIS)  # a new version of one entry
+        store.write("b", "plain", {"features": again}, duration_s=6.0, source={"name": "w.mp4"}, overwrite=True)
+        report = export_features(store, "b", out)
+        assert (report.written, len(report.already)) == (["plain"], 2)
+        assert_true(out, store)
+        again = Level(again.array, AXIS.shifted(1))  # the same rows, at another time
+        store.write("b", "plain", {"features": again}, duration_s=7.0, source={"name": "w.mp4"}, overwrite=True)
+        assert "plain" in export_features(store, "b", out).already
+        assert_true(out, store)
+
+
+def test_the_index_grows_with_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_store(two_streams(tmp_path)) as store:
+        export_features(store, "a", out, videos=["plain"])
+        export_features(store, "b", out, videos=[VIDEOS[1], VIDEOS[1]])
+        assert export_features(store, "a", out, videos=["plain"], format="npz").written == ["plain"]
+        assert set(index_of(out)) == {"plain.npy", "plain.npz", "a%2Fb ünï.npy"}
+        assert_true(out, store)
+        (out / "plain.npz").unlink()
+        export_features(store, "a", out, videos=[])
+        assert_true(out, store)
+
+
+def test_an_index_of_an_earlier_version_is_not_trusted(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_store(two_streams(tmp_path)) as store:
+        export_features(store, "a", out)
+        new = ("stream", "layout", "sha256")
+        old = [{k: v for k, v in row.items() if k not in new} for row in index_of(out).values()]
+        (out / "index.json").write_text(json.dumps(old))
+        report = export_features(store, "a", out, videos=["plain"])
+        assert (report.written, report.already) == (["plain"], [])
+        index = index_of(out)
+        assert len(index) == 3  # the others are there still
+        assert index["plain.npy"]["stream"] == "a"
+        assert index["%2Ehidden.npy"]["sha256"] is None
+        assert len(export_features(store, "a", out).written) == 2
+        assert_true(out, store)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plain.npy").write_bytes(b"mine")
+    with open_store(two_streams(tmp_path)) as store:
+        report = export_features(store, "a", out)
+        assert len(report.written) == 2
+        ((video, why),) = report.failures
+        assert (video, "index.json does not list it" in why) == ("plain", True)
+        assert (out / "plain.npy").read_bytes() == b"mine"
+        assert "plain.npy" not in index_of(out)
+        assert len(export_features(store, "a", out, overwrite=True).written) == 3
+        assert_true(out, store)
+        for foreign in ('{"x": 1}', '[{"video": "v", "file": "../v.npy", "scale_s": 1}]', "[1", "[null]"):
+            (out / "index.json").write_text(foreign)
+            with pytest.raises(StoreError, match=r"index of an export.*overwrite"):
+                export_features(store, "a", out)
+            assert (out / "index.json").read_text() == foreign
+        export_features(store, "a", out, overwrite=True)
+        assert_true(out, store)
+
+
+def test_an_export_that_is_stopped_is_finished_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, calls, real = tmp_path / "out", [], exporters._write
+    digests: list[list[str | None]] = []
+
+    def stopped(path: Path, array: np.ndarray) -> None:
+        digests.append([row["sha256"] for row in index_of(out).values()])
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(path)
+        real(path, array)
+
+    with open_store(two_streams(tmp_path)) as store:
+        export_features(store, "a", out)
+        with monkeypatch.context() as patch:
+            patch.setattr(exporters, "_write", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                export_features(store, "b", out)
+        assert digests[0] == [None] * 3  # what kill -9 would leave: nothing that could be taken for done
+        report = export_features(store, "b", out)
+        assert (len(report.written), len(report.already)) == (2, 1)
+        assert_true(out, store)
+
+
+@pytest.mark.parametrize(("layout", "format"), [("TC", "npy"), ("CT", "npz")])
+def test_what_was_exported_comes_back_with_ids_and_time_axes(tmp_path: Path, layout: Any, format: Any) -> None:
+    out = tmp_path / "out"
+    with open_store(two_streams(tmp_path)) as store, open_store(tmp_path / "back-h5", "a") as back:
+        export_features(store, "a", out, layout=layout, format=format)
+        report = import_features(out, back, "a")
+        assert (sorted(report.written), report.skipped, report.warnings) == (sorted(VIDEOS), [], [])
+        for video in VIDEOS:
+            ours, theirs = store["a", video], back["a", video]
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+            assert (ours.axis, ours.duration_s) == (theirs.axis, theirs.duration_s)
+            old, new = ours.attrs["levels"][0], theirs.attrs["levels"][0]
+            assert [old[k] for k in ("fps", "stride_frames", "window_frames")] == [
+                new[k] for k in ("fps", "stride_frames", "window_frames")
+            ]
+        assert sorted(import_features(out, back, "a").already) == sorted(VIDEOS)
+        numbers = {"fps": 25, "window": 16, "stride": 8, "layout": layout}
+        assert sorted(import_features(out, back, "by numbers", **numbers).written) == sorted(VIDEOS)
+        assert back["by numbers", VIDEOS[1]].axis == TimeAxis(8 / 25, 8 / 25, 16 / 25)
+        assert back["by numbers", VIDEOS[1]].duration_s == 6.0  # index.json knows it
+        import_features(out, back, "c", durations={VIDEOS[1]: 6.5})
+        assert [back["c", video].duration_s for video in VIDEOS] == [5.0, 6.5, 7.0]
+
+
+def test_maps_come_back_in_their_shape(tmp_path: Path) -> None:
+    with open_store(two_streams(tmp_path)) as store, open_store(tmp_path / "back.zarr", "a") as back:
+        export_features(store, "maps", tmp_path / "out")
+        assert import_features(tmp_path / "out", back, "maps").written == ["one", "point"]
+        for video in ("one", "point"):
+            assert back["maps", video].shape == store["maps", video].shape
+            np.testing.assert_array_equal(back["maps", video].numpy(), store["maps", video].numpy())
+
+
+def test_an_index_that_does_not_fit_is_not_believed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_store(two_streams(tmp_path)) as store, open_store(tmp_path / "back.zarr", "a") as back:
+        export_features(store, "a", out)
+        np.save(out / "plain.npy", rows(10, 4, seed=77))
+        np.save(out / "stranger.npy", rows(9, 4))
+        index = index_of(out)
+        index["%2Ehidden.npy"]["scale_s"] = -1
+        (out / "index.json").write_text(json.dumps(list(index.values())))
+        report = import_features(out, back, "a")
+        assert report.written == [VIDEOS[1]]
+        whys = dict(report.skipped)
+        assert "SHA-256 differs" in whys["plain.npy"]
+        assert all("does not tell its time axis" in whys[name] for name in ("stranger.npy", "%2Ehidden.npy"))
+        assert len(import_features(out, back, "n", fps=30, window=16, stride=8).written) == 4
+        index[f"{VIDEOS[1]}.npy".replace("/", "%2F")]["translation_s"] += 1  # a corrected axis is no "already"
+        (out / "index.json").write_text(json.dumps(list(index.values())))
+        assert "time axis" in dict(import_features(out, back, "a").skipped)["a%2Fb ünï.npy"]
+        for row in index.values():
+            del row["sha256"]  # as earlier versions wrote it: ids are known, axes are not
+        (out / "index.json").write_text(json.dumps(list(index.values())))
+        with pytest.raises(StoreError, match="fps is needed"):
+            import_features(out, back, "old")
+        assert VIDEOS[1] in import_features(out, back, "old", fps=30, window=16, stride=8).written
+        export_features(store, "a", tmp_path / "both", videos=["plain"])
+        export_features(store, "b", tmp_path / "both", videos=[VIDEOS[1]])
+        with pytest.raises(StoreError, match=r"several streams \(a/features, b/features\)"):
+            import_features(tmp_path / "both", back, "both")
+        (out / "index.json").write_text("{}")  # of something else: a file among files
+        assert "index.json" in dict(import_features(out, back, "foreign", fps=30, window=16, stride=8).skipped)
+
+
+def test_an_unknown_level_is_an_error_and_makes_no_folder(tmp_path: Path) -> None:
+    place = make(tmp_path, "zarr")
+    with open_store(place, "a") as store:
+        source = {"name": "w.mp4", "size": 1, "mtime_ns": 2}
+        store.write("maps", "absent s4", {"s2": level(rows(12))}, duration_s=9.0, source=source)
+        for stream, wanted in (("maps", "s5"), ("s", "s4")):
+            with pytest.raises(StoreError, match=f"has no level '{wanted}', only "):
+                export_features(store, stream, tmp_path / "x", level=wanted)
+        with pytest.raises(StoreError, match="channels x rows"):
+            export_features(store, "maps", tmp_path / "x", videos=["plain"], level="s4", layout="CT")
+        assert not (tmp_path / "x").exists()
+        (place / "maps" / "absent s4" / "zarr.json").write_text("{")  # the first entry that can be read decides
+        with pytest.raises(StoreError, match="has no level 's5', only s2, s4"):
+            export_features(store, "maps", tmp_path / "x", level="s5")
+        report = export_features(store, "maps", tmp_path / "x", level="s4")
+        assert (report.written, [video for video, _ in report.failures]) == (["plain"], ["absent s4"])
+
+
 def test_maps_damage_and_unknown_names(tmp_path: Path) -> None:
     place = make(tmp_path, "zarr")
     with open_store(place) as store:
@@ -172,3 +386,20 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "s.zarr" / "s" / "plain" / "features" / "zarr.json").write_text("{")
     damaged = run.invoke(main, ["store", "export", store, str(tmp_path / "two"), "--stream", "s"])
     assert damaged.exit_code == 3
+
+
+def test_the_command_line_imports_what_it_exported(tmp_path: Path) -> None:
+    run, out, back = CliRunner(), tmp_path / "out", tmp_path / "back"
+    store = str(two_streams(tmp_path))
+    assert run.invoke(main, ["store", "export", store, str(out), "--stream", "a"]).exit_code == 0
+    done = run.invoke(main, ["store", "import", str(out), "--store", str(back), "--stream", "a", "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert sorted(shown.pop("written")) == sorted(VIDEOS)
+    assert shown == {"already": [], "skipped": [], "warnings": []}
+    partly = ["store", "import", str(out), "--store", str(back), "--stream", "a", "--fps", "30"]
+    assert run.invoke(main, partly).exit_code == 2
+    unknown = run.invoke(main, ["store", "export", store, str(tmp_path / "no"), "--stream", "a", "--level", "s9"])
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert "no level 's9', only features" in unknown.stderr
+    assert not (tmp_path / "no").exists()

@@ -550,3 +550,26 @@ def test_importing_the_store_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_between_takes_open_ends(place: str) -> None:
+    with open_store(place, "a") as store:
+        put(store, "v", rows(6))
+        feature = store["s", "v"]
+        np.testing.assert_array_equal(feature.between(0, float("inf")), rows(6))
+        np.testing.assert_array_equal(feature.between(float("-inf"), feature.axis.center_s(2)), rows(6)[:3])
+        with pytest.raises(StoreError, match="NaN"):
+            feature.between(float("nan"), 1)
+
+
+@pytest.mark.parametrize("about", [{"spec": {"x": "y" * 70_000}}, {"spec": {}, "info": {"note": "n" * 70_000}}])
+def test_a_recipe_that_hdf5_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, about: dict[str, Any]
+) -> None:
+    place = place_for("hdf5", tmp_path)
+    with open_store(place, "a") as store, pytest.raises(StoreError, match="HDF5 takes 64 KB"):
+        store.create_stream("big", **about)
+    with open_store(place, "a") as store:  # closing brings store.h5 up to date
+        assert store.streams() == []
+        put(store, "v", rows(5))
+    assert open_store(place).verify(deep=True).ok

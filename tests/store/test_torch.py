@@ -1,3 +1,4 @@
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,25 @@ def test_overlapping_windows_and_whole_videos(filled: str) -> None:
     assert [(item["row"], len(item["features"]["rgb"])) for item in data] == [(0, 8), (4, 8), (8, 8), (12, 8), (16, 7)]
     whole = SnippetDataset(filled, ["rgb"], rows=None)
     assert [len(item["features"]["rgb"]) for item in whole] == [23, 8, 1, 4]
+
+
+def test_a_step_above_the_window_makes_no_empty_one(tmp_path: Path) -> None:
+    lengths = (1, 2, 4, 5, 8, 13)
+    with open_store(tmp_path / "s.zarr", "a") as store:
+        store.create_stream("s", SPEC)
+        for count in lengths:
+            array = np.arange(count, dtype="f4")[:, None]
+            store.write("s", f"{count:02}", {"features": level(array)}, duration_s=count, source=SOURCE)
+        for rows, step in product((1, 2, 5), (1, 4, 7, 30)):
+            data = SnippetDataset(store, ["s"], rows=rows, step=step)
+            items = [(item["video"], item["row"], len(item["features"]["s"])) for item in data]
+            expected = []
+            for count in lengths:  # windows until one reaches the end, as long as they start inside
+                start = 0
+                while start == 0 or (start < count and start - step + rows < count):
+                    expected.append((f"{count:02}", start, min(rows, count - start)))
+                    start += step
+            assert items == expected
 
 
 def test_other_streams_are_cut_at_the_same_seconds(filled: str) -> None:
