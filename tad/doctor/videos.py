@@ -30,7 +30,7 @@ def check_videos(videos: str | Path, truth: Truth | None, *, progress: ProgressF
             except (TadError, OSError) as error:
                 broken.append(str(error))
                 continue
-            annotated, header = known.get(file.video), info.header_duration_s
+            annotated, header = known.get(file.video), info.expected_s
             if annotated and header and abs(header - annotated) > max(1.0, 0.02 * annotated):  # never where it is NaN
                 drift.append(f"{file.video} {header:.1f} s against {annotated:.1f} s")
     if broken:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tad.annotations import Truth, read_truth
-from tad.errors import AnnotationError, RecipeError, TadError
+from tad.errors import AnnotationError, RecipeError, TadError, VideoError
 from tad.extract.backbones import build_backbone, load_backbone
 from tad.extract.backbones.base import Backbone
 from tad.extract.clip_reading import StreamReader
@@ -33,6 +33,7 @@ from tad.extract.frames import UNREADABLE
 from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.score_file import ScoreFile, video_accuracy
 from tad.extract.streams import EXTRACTOR
+from tad.extract.video import source_of
 from tad.extract.weights import sha256_of
 from tad.progress import ProgressFactory, silent
 from tad.training.distributed import pick_device
@@ -132,19 +133,23 @@ def classify(
     network.classify.to(chosen)
 
     broken: dict[str, str] = {}
+    sources: dict[str, dict[str, str | int]] = {}
     try:
         with progress(len(todo), "classify", "videos") as bar:
-            for file, arrays in _clips_of(todo, network.form, clips, broken):
-                if file.video in broken:
-                    failure = {"video": file.video, "path": str(file.path), "message": broken[file.video]}
-                    report.failures.append(failure)
-                else:
+            for file, arrays in _clips_of(todo, network.form, clips, broken, sources):
+                if file.video not in broken:
                     parts = [
                         _probabilities(network, arrays[k : k + batch], chosen, precision)
                         for k in range(0, len(arrays), batch)
                     ]
-                    table.add(file, network.scores(np.concatenate(parts)))
-                    report.written += 1
+                    try:
+                        table.add(file, network.scores(np.concatenate(parts)), source=sources[file.video])
+                        report.written += 1
+                    except VideoError as error:  # the file changed meanwhile
+                        broken[file.video] = str(error)
+                if file.video in broken:
+                    failure = {"video": file.video, "path": str(file.path), "message": broken[file.video]}
+                    report.failures.append(failure)
                 bar.advance(1, file.video)
     finally:
         table.save()
@@ -231,10 +236,14 @@ def spread(frames: int, span: int, clips: int) -> np.ndarray:
 
 
 def _clips_of(
-    files: Sequence[VideoFile], form: ClipFormat, clips: int, broken: dict[str, str]
+    files: Sequence[VideoFile],
+    form: ClipFormat,
+    clips: int,
+    broken: dict[str, str],
+    sources: dict[str, dict[str, str | int]],
 ) -> Iterator[tuple[VideoFile, list[np.ndarray]]]:
     """Each video with its clips (window, h, w, C), the next ones being decoded meanwhile; ``broken`` is told of those
-    that cannot be read, and why.
+    that cannot be read, and why, ``sources`` of what each file was before it was opened.
     """
     opened: list[LabelledVideo] = []
     begun: deque[tuple[VideoFile, int]] = deque()  # how many clips will come of each video
@@ -242,6 +251,7 @@ def _clips_of(
     def plans() -> Iterator[ClipPlan]:
         for file in files:
             try:
+                sources[file.video] = source_of(file.path)
                 frames, fps = count_frames(file.path, fps=form.fps)
             except UNREADABLE as error:
                 broken[file.video] = str(error) if isinstance(error, TadError) else repr(error)

@@ -165,7 +165,7 @@ def _expected_bytes(files: Sequence[VideoFile], form: ClipFormat, whole: set[str
             continue
         plan = form.geometry.plan(info.height, info.width)
         height, width = plan.resized if file.video in whole else (plan.height, plan.width)
-        total += (info.header_duration_s or 0.0) * (form.fps or info.fps) * height * width * form.channels
+        total += info.expected_s * (form.fps or info.fps) * height * width * form.channels
         if total > limit:
             return float("inf")
     return total

@@ -11,7 +11,8 @@ import importlib
 import math
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +43,10 @@ CONTAINERS = {
     b"FLV": "FLV",
     b"\x00\x00\x01\xba": "MPEG-PS",
     b"RIFF": "AVI",
+    b"0&\xb2u": "ASF/WMV",
 }
+# What these state as the duration is the end on their own clock; others leave out what comes before the first frame.
+ENDS_ON_CLOCK = (b"\x1aE\xdf\xa3", b"0&\xb2u")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Header:
     duration_s: float | None
     start_s: float  # of the first frame on the container's clock
     rotation_degrees: int  # clockwise, applied by retrieve()
+    ends_on_clock: bool = False  # duration_s counts from that clock's zero, not from the first frame
 
 
 class Decoder(Protocol):
@@ -85,6 +90,7 @@ class OpenCVDecoder:
 
     def __init__(self, path: str, *, threads: int) -> None:
         _quieten_opencv()
+        self._path = path
         options = [cv2.CAP_PROP_N_THREADS, threads, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS]
         self._capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, options)
         self.opened: bool = self._capture.isOpened()
@@ -116,6 +122,7 @@ class OpenCVDecoder:
             duration_s=frames / fps if frames is not None and fps > 0 else None,
             start_s=start,
             rotation_degrees=int(get(cv2.CAP_PROP_ORIENTATION_META)) % 360,
+            ends_on_clock=_ends_on_clock(self._path),
         )
 
     def close(self) -> None:
@@ -123,19 +130,42 @@ class OpenCVDecoder:
 
 
 class PyAVDecoder:
-    """PyAV (extra ``video``); the display matrix is applied here. Opening may raise ``av.error.FFmpegError``."""
+    """PyAV (extra ``video``); the display matrix is applied here.
+
+    Opening may raise ``av.error.FFmpegError``; all else that damage makes PyAV raise becomes :class:`VideoError`.
+    """
 
     def __init__(self, path: str, *, threads: int) -> None:
         self._av = importlib.import_module("av")
-        self.name = f"pyav {self._av.__version__}"
-        self._container = self._av.open(path)
+        self._path, self.name = path, f"pyav {self._av.__version__}"
+        # a title in another encoding than UTF-8 is no reason to refuse the pictures
+        self._container = self._av.open(path, metadata_errors="replace")
         streams = self._container.streams.video
         self._stream: Any = streams[0] if streams else None
         self._frame: Any = None
         if self._stream is not None:
-            self._stream.codec_context.thread_count = threads
-            self._stream.thread_type = "AUTO" if threads > 1 else "NONE"
+            with self._may_fail():
+                if self._stream.codec_context is None:
+                    raise VideoError(
+                        f"{path}: codec unknown: FFmpeg cannot decode its video stream. It is damaged or of a rare "
+                        "kind: copy or encode it again."
+                    )
+                self._stream.codec_context.thread_count = threads
+                self._stream.thread_type = "AUTO" if threads > 1 else "NONE"
         self._frames = self._decoded()
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """What PyAV raises over a damaged file as :class:`VideoError`: errors of FFmpeg, of text that is not UTF-8, and
+        of parts that the file lacks.
+        """
+        try:
+            yield
+        except (self._av.error.FFmpegError, ValueError, AttributeError) as error:
+            raise VideoError(
+                f"{self._path}: {self.name} cannot decode it ({type(error).__name__}: {error}): it is damaged or of a "
+                "rare kind. Copy or encode it again."
+            ) from error
 
     @property
     def streams(self) -> list[str]:
@@ -160,7 +190,8 @@ class PyAVDecoder:
             yield from frames
 
     def grab(self) -> bool:
-        self._frame = next(self._frames, None)
+        with self._may_fail():
+            self._frame = next(self._frames, None)
         return self._frame is not None
 
     def time_s(self) -> float:
@@ -168,11 +199,16 @@ class PyAVDecoder:
         return math.nan if pts is None or base is None else float(pts * base)
 
     def retrieve(self) -> np.ndarray | None:
-        frame = self._frame.to_ndarray(format="bgr24")
-        turns = round(self._frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
+        with self._may_fail():
+            frame = self._frame.to_ndarray(format="bgr24")
+            turns = round(self._frame.rotation / 90) % 4  # counter-clockwise, as np.rot90
         return np.ascontiguousarray(np.rot90(frame, turns))
 
     def header(self) -> Header:
+        with self._may_fail():
+            return self._header()
+
+    def _header(self) -> Header:
         stream = self._stream
         base = stream.time_base
         duration = stream.duration * base if stream.duration else None
@@ -185,6 +221,7 @@ class PyAVDecoder:
             duration_s=None if duration is None else float(duration),
             start_s=float((stream.start_time or 0) * base),
             rotation_degrees=-round(self._frame.rotation / 90) * 90 % 360,
+            ends_on_clock=_ends_on_clock(self._path),
         )
 
     def close(self) -> None:
@@ -215,10 +252,14 @@ def open_decoder(path: str | Path, *, threads: int = 1) -> Decoder:
         av = importlib.import_module("av")
         try:
             second = PyAVDecoder(name, threads=threads)
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, ValueError):  # of text in the file that is not UTF-8
             raise VideoError(_unreadable(path, name)) from None
-        if second.grab():
-            return second
+        try:
+            if second.grab():
+                return second
+        except VideoError:
+            second.close()
+            raise
         streams = second.streams
         second.close()
         raise VideoError(_frameless(path, name, streams, codec))
@@ -264,6 +305,11 @@ def _system_error(path: str | Path, error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"{path}: no such file. Check the path."
     return f"{path}: cannot be read: {error.strerror or error}. Check the disk or the network share."
+
+
+def _ends_on_clock(name: str) -> bool:
+    with open(name, "rb") as file:
+        return file.read(4) in ENDS_ON_CLOCK
 
 
 def _unreadable(path: str | Path, name: str) -> str:

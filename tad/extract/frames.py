@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -15,16 +16,20 @@ import numpy as np
 from tad.errors import TadError, VideoError
 from tad.extract.flow import FlowEstimator, FlowStream
 from tad.extract.inputs import VideoFile
-from tad.extract.video import FrameReader, Geometry, Plan, VideoInfo, crop
+from tad.extract.video import FrameReader, Geometry, Plan, VideoInfo, crop, source_of
 
 
 @dataclass
 class Begin:
-    """A video was opened."""
+    """A video was opened. ``source`` is the file as it was before. Set ``given_up`` to have the rest of it left out: no
+    more than what is in the queue follows, and perhaps no :class:`End`.
+    """
 
     file: VideoFile
     info: VideoInfo
     fps: float
+    source: dict[str, str | int]
+    given_up: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -93,8 +98,9 @@ def read_videos(
         try:
             for file in files:
                 try:
-                    for item in _read(file, fps, geometry, rgb, flows, flow_threads, chunk_frames):
-                        put(item)
+                    with closing(_read(file, fps, geometry, rgb, flows, flow_threads, chunk_frames)) as own:
+                        for item in own:
+                            put(item)
                 except UNREADABLE as error:
                     put(Failed(file, error))
             put(None)
@@ -128,11 +134,15 @@ def _read(
     flows: Sequence[FlowEstimator],
     flow_threads: int,
     chunk_frames: int,
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
+    source = source_of(file.path)  # before opening: a file that grows meanwhile must not count as done
     streams = {flow.name: FlowStream(flow, threads=flow_threads) for flow in flows}
     with FrameReader(file.path, fps=fps, geometry=geometry, chunk_frames=chunk_frames) as reader:
-        yield Begin(file, reader.info, reader.fps)
+        begin = Begin(file, reader.info, reader.fps, source)
+        yield begin
         for frames in reader:  # (n, H, W, 3)
+            if begin.given_up.is_set():
+                return
             flow = {name: _cut(stream.push(frames), reader.plan) for name, stream in streams.items()}
             yield Frames(len(frames), _cut(frames, reader.plan) if rgb else None, flow)
         if reader.frames == 0:

@@ -19,6 +19,7 @@ import torch
 
 from tad._version import __version__
 from tad.errors import TadError, VideoError
+from tad.extract.frames import UNREADABLE
 from tad.extract.inputs import VideoFile
 from tad.extract.outcome import ExtractReport, Failure
 from tad.extract.pipeline import default_device, extract_group, plan_work
@@ -117,12 +118,12 @@ def longest_first(seconds: Sequence[float]) -> list[int]:
 
 # ---- in the other process ------------------------------------------------------------------------
 def look(setup: Setup, job: Job, *, worker: str) -> float | Failure:
-    """Seconds of video that the header claims (0 where it is silent), or why the file cannot be opened."""
+    """Seconds of video that the header promises (0 where it is silent), or why the file cannot be opened."""
     check_version(setup, worker)
     try:
         check_source(job, worker)
-        return probe(job.path).header_duration_s or 0.0
-    except (TadError, OSError) as error:
+        return probe(job.path).expected_s
+    except UNREADABLE as error:
         return _failure(job, error)
 
 
@@ -141,7 +142,7 @@ def do(setup: Setup, job: Job, *, worker: str, device: str, bar: Progress) -> Ex
     report = ExtractReport()
     try:
         check_source(job, worker)
-    except (TadError, OSError) as error:
+    except UNREADABLE as error:
         report.failures.append(_failure(job, error))
         return report
     with networks(setup, job.streams, device) as streams:
@@ -151,7 +152,10 @@ def do(setup: Setup, job: Job, *, worker: str, device: str, bar: Progress) -> Ex
             [VideoFile(job.video, Path(job.path))], streams, store, report, overwrite=setup.overwrite
         )  # an entry that a lost worker has finished before is not made again
         for group in todo.values():
-            extract_group(group, store, report, batch=setup.batch, log=None, bar=bar, cores=setup.threads)
+            extract_group(
+                group, store, report, batch=setup.batch, overwrite=setup.overwrite, log=None, bar=bar,
+                cores=setup.threads,
+            )  # fmt: skip
     report.workers[worker] = report.video_s
     return report
 

@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tad.errors import RecipeError, TadError
-from tad.extract.frames import Begin, End, Failed, Frames, read_videos
+from tad.errors import RecipeError, StoreError, TadError, VideoError
+from tad.extract.frames import UNREADABLE, Begin, End, Failed, Frames, read_videos
 from tad.extract.inputs import VideoFile, find_videos
 from tad.extract.outcome import ExtractReport, Failure, FailureLog, default_failures
 from tad.extract.rows import StreamRows
 from tad.extract.streams import Stream, resolve
-from tad.extract.video import VideoInfo, probe, source_of
+from tad.extract.video import VideoInfo, check_unchanged, probe, source_of
 from tad.progress import Progress, ProgressFactory, silent
 from tad.recipe import ExtractRecipe
 from tad.store import Store, open_store
+from tad.training.distributed import pick_device
 
 
 def extract(
@@ -67,16 +68,18 @@ def extract(
     Raises
     ------
     RecipeError, WeightsError, StoreError : before anything is decoded. A video that fails is listed in the report
-    instead.
+    instead, as is one whose id another file has in the store, unless ``overwrite``.
     TadError : workers cannot be used: none is there, or one has another version of tad.
     """
     started = time.perf_counter()
+    if batch < 1:
+        raise RecipeError(f"batch must be at least 1 window, got {batch}")
     here = workers is None and scheduler is None
     if not here:
         from tad.extract.cluster import check_choice, extract_on_workers
 
         check_choice(workers, scheduler)
-    streams = resolve_all(recipes, names=names, device=device or default_device() if here else "cpu")
+    streams = resolve_all(recipes, names=names, device=pick_device(device) if here else "cpu")
     files = find_videos([videos] if isinstance(videos, (str, Path)) else videos)
     with ExitStack() as stack:
         if not isinstance(store, Store):
@@ -88,10 +91,10 @@ def extract(
         try:
             if here:
                 todo = plan_work(files, streams, store, report, overwrite=overwrite, log=log)
-                total_s = sum(info.header_duration_s or 0.0 for group in todo.values() for _, _, info in group)
+                total_s = sum(info.expected_s for group in todo.values() for _, _, info in group)
                 with progress(total_s, "extract", "s of video") as bar:
                     for group in todo.values():
-                        extract_group(group, store, report, batch=batch, log=log, bar=bar)
+                        extract_group(group, store, report, batch=batch, overwrite=overwrite, log=log, bar=bar)
             else:
                 lacking = what_lacks(files, streams, store, report, overwrite=overwrite, log=log)
                 extract_on_workers(
@@ -113,7 +116,7 @@ def default_device() -> str:
 
 
 def resolve_all(
-    recipes: ExtractRecipe | Sequence[ExtractRecipe], *, names: Sequence[str] | None, device: str
+    recipes: ExtractRecipe | Sequence[ExtractRecipe], *, names: Sequence[str] | None, device: torch.device | str
 ) -> list[Stream]:
     """Recipes with their defaults filled in and their networks loaded; names must differ."""
     recipes = [recipes] if isinstance(recipes, ExtractRecipe) else list(recipes)
@@ -147,7 +150,7 @@ def plan_work(
     for file, missing in what_lacks(files, streams, store, report, overwrite=overwrite, log=log):
         try:
             info = probe(file.path)
-        except TadError as error:
+        except UNREADABLE as error:
             fail(report, log, file, streams, error)
             continue
         by_frames: dict[tuple[Any, ...], list[Stream]] = {}
@@ -172,6 +175,9 @@ def what_lacks(
         try:
             source = source_of(file.path)
             missing = [s for s in streams if overwrite or store is None or not _done(store, s, file.video, source)]
+            if store is not None and not overwrite:
+                for stream in missing:
+                    check_id(store, stream, file, source)
         except TadError as error:
             fail(report, log, file, streams, error)
             continue
@@ -191,12 +197,32 @@ def _done(store: Store, stream: Stream, video: str, source: dict[str, Any]) -> b
     return stream.name in store.streams() and store.is_done(stream.name, video, source)
 
 
+def check_id(store: Store, stream: Stream, file: VideoFile, source: Mapping[str, Any]) -> None:
+    """Raise :class:`VideoError` when the store has another file's features under this id.
+
+    A file of the same name that has changed is the same video. An entry that cannot be read, or whose metadata do not
+    name a file, holds nothing against anyone: it is made again.
+    """
+    if stream.name not in store.streams() or not store.has(stream.name, file.video):
+        return
+    try:
+        name = (store.attrs(stream.name, file.video).get("source") or {}).get("name")
+    except StoreError:
+        return
+    if name and name != source["name"]:
+        raise VideoError(
+            f"{file.path}: id '{file.video}' is taken by {name} in stream {stream.name}: give another id in a list "
+            "(id<tab>path), or --overwrite"
+        )
+
+
 def extract_group(
     group: Sequence[Work],
     store: Store,
     report: ExtractReport,
     *,
     batch: int,
+    overwrite: bool,
     log: FailureLog | None,
     bar: Progress,
     cores: int | None = None,
@@ -224,30 +250,33 @@ def extract_group(
             try:
                 match item:
                     case Begin():
-                        begin, running = item, [VideoRun(stream, item, batch=batch) for stream in streams]
+                        begin = item
+                        running = [VideoRun(stream, item, batch=batch) for stream in streams]
                     case Frames():
                         for run in running:
                             report.network_s += run.push(item)
-                        if begin is not None:
+                        if running and begin is not None:
                             bar.advance(item.count / begin.fps, begin.file.video)
-                    case End():
+                    case End() if running:
                         for run in running:
                             report.network_s += run.finish()
                             begun = time.perf_counter()
-                            report.rows += run.write(store, item)
+                            report.rows += run.write(store, item, overwrite=overwrite)
                             report.write_s += time.perf_counter() - begun
                             report.written += 1
-                        if running and begin is not None:
+                        if begin is not None:
                             report.videos.append(begin.file.video)
                         report.decode_s += item.decode_s
                         report.flow_s += item.flow_s
                         report.video_s += item.duration_s
                     case Failed():
                         running = []
-                        fail(report, log, item.file, streams, item.error)
+                        if begin is None or begin.file != item.file or not begin.given_up.is_set():
+                            fail(report, log, item.file, streams, item.error)
             except (TadError, RuntimeError, OSError, MemoryError) as error:
-                running = []  # the rest of this video's frames pass by unused
                 assert begin is not None
+                begin.given_up.set()
+                running = []  # what is in the queue of this video passes by unused
                 fail(report, log, begin.file, streams, error)
 
 
@@ -272,16 +301,24 @@ class VideoRun:
         self.rows.finish()
         return time.perf_counter() - begun
 
-    def write(self, store: Store, end: End) -> int:
-        """Write the entry and return its number of rows."""
+    def write(self, store: Store, end: End, *, overwrite: bool) -> int:
+        """Write the entry and return its number of rows.
+
+        Raises
+        ------
+        VideoError : the file is not what it was before it was opened; another process has given its id away meanwhile.
+        """
         stream, file, frames = self.stream, self.begin.file, self.rows.frames
+        check_unchanged(file.path, self.begin.source)
+        if not overwrite:
+            check_id(store, stream, file, self.begin.source)
         levels = self.rows.levels(self.begin.fps)
         store.write(
             stream.name,
             file.video,
             levels,
             duration_s=end.duration_s,
-            source=source_of(file.path),
+            source=self.begin.source,
             attrs={**end.attrs, "fps": self.begin.fps, "frames": frames},
             overwrite=True,
         )

@@ -116,7 +116,7 @@ def dry_run(
     maps: dict[tuple[str, int, int], dict[str, tuple[int, ...]]] = {}  # their shapes, for each size of frames once
     for file, members, info in work:
         for stream in members:
-            frames = max(1, round((info.header_duration_s or 0.0) * (stream.fps or info.fps)))
+            frames = max(1, round(info.expected_s * (stream.fps or info.fps)))
             cut = stream.geometry.plan(info.height, info.width)
             size = (cut.height, cut.width)
             if stream.maps and (stream.name, *size) not in maps:
@@ -129,7 +129,7 @@ def dry_run(
         "entries": entries,
         "already": report.already,
         "failures": [failure.__dict__ for failure in report.failures],
-        "video_s": sum(info.header_duration_s or 0.0 for _, _, info in work),
+        "video_s": sum(info.expected_s for _, _, info in work),
         "bytes": sum(entry["bytes"] for entry in entries),
     }
     if workers is not None or scheduler is not None:
@@ -137,7 +137,7 @@ def dry_run(
 
         seconds: dict[str, float] = {}
         for file, _, info in work:  # a video once for each pass over its frames
-            seconds[file.video] = seconds.get(file.video, 0.0) + (info.header_duration_s or 0.0)
+            seconds[file.video] = seconds.get(file.video, 0.0) + info.expected_s
         slots = workers if workers is not None else slots_at(str(scheduler), device=device)
         names, lengths = list(seconds), list(seconds.values())
         plan["spread"] = [

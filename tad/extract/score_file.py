@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 from tad.annotations import Truth, read_scores_about, read_video_scores, write_video_scores
 from tad.errors import RecipeError
 from tad.extract.inputs import VideoFile
-from tad.extract.video import source_of
+from tad.extract.video import check_unchanged, source_of
 
 SAVE_S = 60.0  # the file is written that often, and at the end
 
@@ -44,9 +44,16 @@ class ScoreFile:
         """Whether the scores of this very file are there."""
         return file.video in self.rows and file.path.is_file() and self.sources.get(file.video) == source_of(file.path)
 
-    def add(self, file: VideoFile, scores: np.ndarray) -> None:
+    def add(self, file: VideoFile, scores: np.ndarray, *, source: Mapping[str, str | int]) -> None:
+        """Take the scores of a file that was ``source`` before it was opened.
+
+        Raises
+        ------
+        VideoError : it has changed since.
+        """
+        check_unchanged(file.path, source)
         self.rows[file.video] = [float(f"{score:.7g}") for score in scores]
-        self.sources[file.video] = source_of(file.path)
+        self.sources[file.video] = dict(source)
         self.changed = True
         if time.monotonic() - self.saved_at > SAVE_S:
             self.save()

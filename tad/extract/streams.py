@@ -23,6 +23,7 @@ from tad.extract.raw import RAW, RawFrames, check_raw
 from tad.extract.snippets import SnippetPlan
 from tad.extract.video import Geometry
 from tad.recipe import ExtractRecipe
+from tad.training.distributed import pick_device
 from tad.training.precision import autocast
 
 # Raised whenever the same recipe would give other numbers than before; it is part of the fingerprint, the version of
@@ -93,10 +94,11 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
 
     Raises
     ------
-    RecipeError : windows that do not fit the network or the levels, another size than the network admits, flow for
-    an RGB network.
+    RecipeError : a device that is not there, windows that do not fit the network or the levels, another size than the
+    network admits, flow for an RGB network.
     WeightsError : no weights given, or a checkpoint that does not fit.
     """
+    device = pick_device(device)
     if recipe.backbone in RAW:
         return _resolve_raw(recipe, name=name)
     if recipe.backbone not in BACKBONES:
@@ -159,8 +161,7 @@ def resolve(recipe: ExtractRecipe, *, name: str | None = None, device: torch.dev
     }
     info = {"weights_source": source_of(recipe.weights), "tad_version": __version__}
     return Stream(
-        name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, maps, described, info,
-        torch.device(device),
+        name or spec.name, recipe, backbone, plan, geometry, fps, flow, levels, maps, described, info, device,
     )  # fmt: skip
 
 

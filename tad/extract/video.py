@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count, pairwise
@@ -40,6 +40,7 @@ class VideoInfo:
     rotation_degrees : clockwise turn that was applied to make frames upright.
     codec : four-letter code. ``decoder`` : library and version, since pixels differ slightly between libraries.
     start_s : where the first frame lies on the container's own clock; times in tad count from the first frame.
+    ends_on_clock : ``header_duration_s`` is the end on that clock, what comes before the first frame included.
     """
 
     path: str
@@ -52,6 +53,14 @@ class VideoInfo:
     codec: str
     decoder: str
     start_s: float = 0.0
+    ends_on_clock: bool = False
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds from the first frame to the end as the header has it; 0.0 where it is silent."""
+        claimed = max(0.0, self.header_duration_s or 0.0)
+        # no clock ends before its first frame: such a number is a length
+        return claimed - self.start_s if self.ends_on_clock and claimed > self.start_s else claimed
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -67,6 +76,12 @@ def source_of(path: str | Path) -> dict[str, str | int]:
     """``{"name", "size", "mtime_ns"}`` of the file: what a store entry keeps to notice that its video has changed."""
     status = os.stat(checked_path(path))
     return {"name": os.path.basename(os.path.abspath(path)), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def check_unchanged(path: str | Path, source: Mapping[str, str | int]) -> None:
+    """Raise :class:`VideoError` unless the file still is what :func:`source_of` said before it was opened."""
+    if source_of(path) != source:
+        raise VideoError(f"{path}: the file changed while it was read; once it is complete, run the same again")
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------
@@ -199,7 +214,7 @@ class FrameReader:
         return self._pass()
 
     def _pass(self) -> Iterator[np.ndarray]:
-        header_end_s = max(0.0, (self.info.header_duration_s or 0.0) - self.info.start_s)
+        header_end_s = self.info.expected_s
         clock = Clock(step_s=1.0 / self.info.fps, end_s=header_end_s)
         picker = GridPicker(self.fps)
         chunks = _Chunks((self.chunk_frames, *self.plan.resized, 3))
@@ -329,6 +344,7 @@ def _info(path: str | Path, decoder: Decoder, fps: float | None) -> VideoInfo:
         codec=header.codec,
         decoder=decoder.name,
         start_s=header.start_s,
+        ends_on_clock=header.ends_on_clock,
     )
 
 

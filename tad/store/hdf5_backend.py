@@ -42,6 +42,7 @@ from tad.store.layout import (
     sealed,
 )
 
+LOOKS = 100  # the last to replace store.h5 must have seen all entries, however many processes write at once
 _ROOT, _STREAM, _MASTER, _SUFFIX = "__store__.json", "__stream__.json", "store.h5", ".h5"
 _JSON_ATTRS = "json-attrs"
 _BLOCK = 512  # HDF5's user block, in front of the file proper: the SHA-256 of everything behind it

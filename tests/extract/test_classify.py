@@ -288,6 +288,28 @@ def test_bad_videos_are_listed_and_the_rest_is_scored(made: Path, run: Path, tmp
     assert read_video_scores(tmp_path / "none.json").shape == (0, 2)
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    made: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = sorted((made / "videos").iterdir())
+    grows = tmp_path / "grows.mp4"
+    grows.write_bytes(good[0].read_bytes())
+    probabilities = module._probabilities
+
+    def meanwhile(*given: Any) -> np.ndarray:
+        grows.write_bytes(good[2].read_bytes())
+        return probabilities(*given)
+
+    monkeypatch.setattr(module, "_probabilities", meanwhile)
+    same = {"weights": run, "out": tmp_path / "s.json", "clips": 2, "device": "cpu"}
+    report = classify([grows, good[1]], **same)  # type: ignore[arg-type]
+    assert [failure["video"] for failure in report.failures] == ["grows"]
+    assert "changed while it was read" in report.failures[0]["message"]
+    assert report.scores.index.tolist() == ["training-001"]
+    monkeypatch.undo()
+    assert classify(grows, **same).written == 1  # type: ignore[arg-type]
+
+
 class Classifying(Tiny3D):
     """A stand-in for a public network: its own classifier tells which of three features is largest."""
 

@@ -444,6 +444,35 @@ def test_a_worker_says_which_file_it_does_not_see(folder: Path, tmp_path: Path) 
         assert [failure.message for failure in report.failures] == [found.message]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("decoder"), OSError("disk")])
+def test_a_video_that_a_worker_cannot_look_at_fails_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(path: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jobs, "probe", fails)
+    with open_store(tmp_path / "s", "a") as store:
+        setup = _setup(_streams(store), store)
+    found = jobs.look(setup, job_of(folder / "videos/v0.mp4"), worker="w")
+    assert isinstance(found, Failure)
+    assert found.error == type(error).__name__
+
+
+def test_a_worker_respects_an_id_that_is_taken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes((folder / "videos/v0.mp4").read_bytes())
+    (tmp_path / "other.mp4").write_bytes((folder / "videos/v2.mp4").read_bytes())
+    with open_store(tmp_path / "s", "a") as store:
+        setup = _setup(_streams(store), store)
+        assert jobs.do(setup, job_of(tmp_path / "v.mp4"), worker="w", device="cpu", bar=Bar()).written == 1
+        other = job_of(tmp_path / "other.mp4")
+        report = jobs.do(setup, other, worker="w", device="cpu", bar=Bar())
+        assert (report.written, ["taken by v.mp4" in failure.message for failure in report.failures]) == (0, [True])
+        forced = type(setup)(**{**setup.__dict__, "overwrite": True})
+        assert jobs.do(forced, other, worker="w", device="cpu", bar=Bar()).written == 1
+        assert store.attrs("tiny", "v")["source"]["name"] == "other.mp4"
+
+
 def test_a_network_is_loaded_once_and_lent_to_one_job_at_a_time(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from tad.errors import RecipeError, StoreError, WeightsError
-from tad.extract import build_backbone, extract
+from tad.errors import RecipeError, StoreError, VideoError, WeightsError
+from tad.extract import build_backbone, extract, pipeline
 from tad.extract.flow import FlowStream, build_flow
-from tad.extract.video import FrameReader, Geometry, crop
+from tad.extract.frames import Frames
+from tad.extract.outcome import ExtractReport
+from tad.extract.pipeline import VideoRun
+from tad.extract.report import dry_run
+from tad.extract.rows import level_of
+from tad.extract.streams import resolve
+from tad.extract.video import FrameReader, Geometry, VideoInfo, crop, source_of
+from tad.progress import Progress, silent
 from tad.recipe import ExtractRecipe
 from tad.store import open_store
 from tad.synth import make_video
+from tests.extract.videofiles import LOSSLESS, write_coded
 
 SIZE = (72, 96)
 
@@ -158,6 +172,192 @@ def test_one_bad_video_never_stops_a_run(tmp_path: Path, videos: Path) -> None:
     }
 
 
+def test_a_file_that_breaks_the_decoder_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "videos"
+    own.mkdir()
+    data = write_coded(own / "good.mp4", 20).read_bytes()
+    at = data.rindex(b"avc1")
+    (own / "bad.mp4").write_bytes(data[:at] + b"zzz9" + data[at + 4 :])
+    plan = dry_run([own], store=str(tmp_path / "s"), recipes=[recipe()])
+    assert [failure["video"] for failure in plan["failures"]] == ["bad"]
+    probe = pipeline.probe
+
+    def strange(path: Path) -> VideoInfo:
+        if path.stem == "strange":
+            raise MemoryError("so large a picture")
+        return probe(path)
+
+    (own / "strange.mp4").write_bytes(data)
+    monkeypatch.setattr(pipeline, "probe", strange)
+    report = extract(own, store=tmp_path / "s", recipes=recipe())
+    assert (report.written, report.videos) == (1, ["good"])
+    errors = {failure.video: failure.error for failure in report.failures}
+    assert errors == {"bad": "VideoError", "strange": "MemoryError"}
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grows = tmp_path / "grows.mp4"
+    grows.write_bytes((videos / "v0.mp4").read_bytes())
+    finish = VideoRun.finish
+
+    def meanwhile(self: VideoRun) -> float:
+        if self.begin.file.video == "grows":
+            grows.write_bytes((videos / "v1.mp4").read_bytes())
+        return finish(self)
+
+    monkeypatch.setattr(VideoRun, "finish", meanwhile)
+    report = extract([grows, videos / "v2.mp4"], store=tmp_path / "s", recipes=recipe())
+    assert report.videos == ["v2"]
+    assert ["changed while it was read" in failure.message for failure in report.failures] == [True]
+    monkeypatch.undo()
+    again = extract(grows, store=tmp_path / "s", recipes=recipe())
+    assert (again.written, again.failures) == (1, [])
+    with open_store(tmp_path / "s") as store:
+        assert store["tiny", "grows"].duration_s == pytest.approx(2.3)
+        assert store.attrs("tiny", "grows")["source"] == source_of(grows)
+
+
+def test_an_id_belongs_to_one_file(tmp_path: Path, videos: Path) -> None:
+    one, two = tmp_path / "one/game.mp4", tmp_path / "two/game.mkv"
+    for path, video in ((one, "v0"), (two, "v1")):
+        path.parent.mkdir()
+        path.write_bytes((videos / f"{video}.mp4").read_bytes())
+    same: dict[str, Any] = {"store": tmp_path / "s", "recipes": recipe()}
+    assert extract(one, **same).written == 1
+    planned = dry_run([two], store=str(tmp_path / "s"), recipes=[recipe()])
+    for failures in (extract(two, **same).failures, extract(two, **same).failures):  # tried again, refused again
+        assert [failure.video for failure in failures] == ["game"]
+        assert re.search(r"id 'game' is taken by game\.mp4 .*another id in a list.*--overwrite", failures[0].message)
+        assert [failure["message"] for failure in planned["failures"]] == [failures[0].message]
+    assert len((tmp_path / "s/failures.jsonl").read_text().splitlines()) == 1
+    assert extract(one, **same).already == 1
+    # nor is another stream of the same call begun
+    streams = {"recipes": [recipe(), recipe(stride=4)], "names": ["tiny", "fine"]}
+    assert extract(two, **{**same, **streams}).written == 0
+    # one file that has changed is the same video, wherever it lies
+    moved = tmp_path / "two/game.mp4"
+    moved.write_bytes((videos / "v1.mp4").read_bytes())
+    assert extract(moved, **same).written == 1
+    (tmp_path / "list.txt").write_text("other game\ttwo/game.mkv\n")
+    assert extract(tmp_path / "list.txt", **same).videos == ["other game"]
+    assert extract(two, **same, overwrite=True).written == 1
+    with open_store(tmp_path / "s") as store:
+        assert store.attrs("tiny", "game")["source"]["name"] == "game.mkv"
+        assert store["tiny", "game"].shape == store["tiny", "other game"].shape
+
+
+def test_an_entry_without_a_name_is_made_again(tmp_path: Path, videos: Path) -> None:
+    extract(videos / "v0.mp4", store=tmp_path / "s", recipes=recipe())
+    with open_store(tmp_path / "s", "a") as store:
+        feature = store["tiny", "v0"]
+        level = level_of(feature.numpy(), feature.axis, 10.0, 8, 16, 3)
+        store.write("tiny", "v0", {"features": level}, duration_s=0.3, source={"size": 7}, overwrite=True)
+    report = extract(videos / "v0.mp4", store=tmp_path / "s", recipes=recipe())
+    assert (report.written, report.failures) == (1, [])
+
+
+def test_an_id_that_is_taken_meanwhile(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "v0.mkv"
+    own.write_bytes((videos / "v0.mp4").read_bytes())
+    finish = VideoRun.finish
+
+    def meanwhile(self: VideoRun) -> float:
+        monkeypatch.setattr(VideoRun, "finish", finish)
+        assert extract(videos / "v0.mp4", store=tmp_path / "s", recipes=recipe()).written == 1
+        return finish(self)
+
+    monkeypatch.setattr(VideoRun, "finish", meanwhile)
+    report = extract(own, store=tmp_path / "s", recipes=recipe())
+    assert (report.written, ["taken by v0.mp4" in failure.message for failure in report.failures]) == (0, [True])
+
+
+@pytest.mark.parametrize(("where", "both"), [("push", True), ("push", False), ("finish", False), ("begin", False)])
+def test_a_video_that_the_network_refuses_is_left_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, both: bool
+) -> None:
+    write_coded(tmp_path / "a.mp4", 450 if where != "finish" else 20)
+    write_coded(tmp_path / "b.mp4", 70)
+    grabbed: Counter[str] = Counter()
+    grab, run = FrameReader._grab, VideoRun
+
+    def counted(self: FrameReader) -> bool:
+        grabbed[Path(self.path).stem] += 1
+        return grab(self)
+
+    class Refusing(run):  # type: ignore[valid-type, misc]
+        def refuse(self, here: str) -> None:
+            if here == where and self.begin.file.video == "a":
+                raise RuntimeError("no room for it")
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            self.refuse("begin")
+
+        def push(self, item: Frames) -> float:
+            self.refuse("push")
+            return float(super().push(item))
+
+        def finish(self) -> float:
+            self.refuse("finish")
+            return float(super().finish())
+
+    monkeypatch.setattr(FrameReader, "_grab", counted)
+    monkeypatch.setattr(pipeline, "VideoRun", Refusing)
+    small: dict[str, Any] = {"short_side": 32, "crop": (32, 32)}
+    recipes = [recipe(**small), recipe(backbone="tiny-flow", **small)][: 1 + both]
+    reports: list[ExtractReport] = []
+    files = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    work = threading.Thread(
+        target=lambda: reports.append(extract(files, store=tmp_path / "s", recipes=recipes)), daemon=True
+    )
+    work.start()
+    work.join(60)
+    assert reports, "the extraction hangs"
+    assert [(failure.video, failure.message) for failure in reports[0].failures] == [
+        ("a", "RuntimeError: no room for it")
+    ]
+    assert (reports[0].videos, reports[0].written) == (["b"], 1 + both)
+    assert reports[0].video_s == pytest.approx(70 / 30)
+    assert grabbed["b"] == 70
+    assert grabbed["a"] <= 8 * 32 + 1  # what the queue holds, what is being made, what is held back
+    with open_store(tmp_path / "s") as store:
+        assert list(store) == [(recipe.backbone, "b") for recipe in recipes]
+
+
+def test_a_video_that_fails_twice_is_listed_once(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: VideoRun, item: Frames) -> float:
+        raise RuntimeError("no room for it")
+
+    def unreadable(self: FrameReader) -> Iterator[np.ndarray]:
+        yield np.zeros((32, *self.plan.resized, 3), np.uint8)
+        raise VideoError("damaged")
+
+    monkeypatch.setattr(VideoRun, "push", refuse)
+    monkeypatch.setattr(FrameReader, "_pass", unreadable)
+    report = extract([videos / "v1.mp4", videos / "v2.mp4"], store=tmp_path / "s", recipes=recipe())
+    assert [failure.video for failure in report.failures] == ["v1", "v2"]
+
+
+def test_a_late_clock_changes_no_forecast(tmp_path: Path) -> None:
+    path = write_coded(tmp_path / "late.mkv", 60, ticks=[450_000 + 3000 * i for i in range(60)], **LOSSLESS)
+    totals = []
+
+    @contextmanager
+    def watching(total: float, label: str, unit: str) -> Iterator[Progress]:
+        totals.append(total)
+        with silent(total, label, unit) as bar:
+            yield bar
+
+    for chosen in (recipe(), recipe(backbone="frames", weights=None, window=None, stride=None)):
+        plan = dry_run([path], store=str(tmp_path / "s"), recipes=[chosen])
+        report = extract(path, store=tmp_path / "s", recipes=chosen, progress=watching)
+        assert [entry["rows"] for entry in plan["entries"]] == [report.rows]
+        assert plan["video_s"] == pytest.approx(report.video_s, abs=1e-3)
+    assert totals == pytest.approx([2.0, 2.0])
+
+
 def test_a_stream_is_bound_to_its_recipe(tmp_path: Path, videos: Path) -> None:
     extract(videos, store=tmp_path / "s", recipes=recipe())
     with pytest.raises(StoreError, match="stride"):
@@ -184,6 +384,26 @@ def test_recipes_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(error, match=words):
         extract(videos, store=tmp_path / "s", recipes=recipe(**changes))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+@pytest.mark.parametrize("workers", [None, 1])
+def test_a_batch_holds_at_least_one_window(tmp_path: Path, videos: Path, batch: int, workers: int | None) -> None:
+    with pytest.raises(RecipeError, match="batch must be at least 1"):
+        extract(videos, store=tmp_path / "s", recipes=recipe(), batch=batch, workers=workers)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("device", "words"), [("cuda", "no CUDA here"), ("cuda:7", "no CUDA"), ("foo", "unknown dev")])
+def test_a_device_that_is_not_there(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, device: str, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=words):
+        extract(videos, store=tmp_path / "s", recipes=recipe(), device=device)
+    with pytest.raises(RecipeError, match=words):
+        resolve(recipe(), device=device)  # as a worker does
     assert not (tmp_path / "s").exists()
 
 

@@ -619,6 +619,52 @@ def test_av1_without_pyav_says_what_to_install(av1: Path, monkeypatch: pytest.Mo
         probe(av1)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+def test_a_codec_that_nobody_knows(tmp_path: Path, suffix: str) -> None:
+    path = write_coded(tmp_path / f"odd.{suffix}", 20)
+    data = path.read_bytes()
+    at = data.rindex(b"avc1")
+    path.write_bytes(data[:at] + b"zzz9" + data[at + 4 :])
+    for action in (probe, lambda path: FrameReader(path, geometry=FULL)):
+        with pytest.raises(VideoError, match=rf"odd\.{suffix}: codec unknown"):
+            action(path)
+
+
+def test_tags_that_are_not_utf_8_do_not_hide_the_pictures(tmp_path: Path, pyav_only: None) -> None:
+    path = write_coded(tmp_path / "latin.mkv", 20, **LOSSLESS)
+    data = path.read_bytes()
+    assert b"ENCODER" in data
+    path.write_bytes(data.replace(b"Lavf", b"L\xe9vf").replace(b"Lavc", b"L\xe9vc"))
+    frames, _ = read(path)
+    assert [index_of(frame) for frame in frames] == list(range(20))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AttributeError("'NoneType' object has no attribute 'x'"),
+        UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"),
+        ValueError("unsupported"),
+        av.error.PatchWelcomeError(0, "not yet"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("begun", [0, 5])
+def test_whatever_pyav_raises_is_the_videos_fault(
+    files: Path, pyav_only: None, monkeypatch: pytest.MonkeyPatch, error: Exception, begun: int
+) -> None:
+    decoded = decoders.PyAVDecoder._decoded
+
+    def breaks(self: decoders.PyAVDecoder) -> Any:
+        for _, frame in zip(range(begun), decoded(self), strict=False):
+            yield frame
+        raise error
+
+    monkeypatch.setattr(decoders.PyAVDecoder, "_decoded", breaks)
+    with pytest.raises(VideoError, match=r"constant\.mp4: pyav .* cannot decode it"):
+        read(files / "constant.mp4")
+
+
 # ---- probe, source, real files --------------------------------------------------------------------------------------
 def test_probe_reads_the_header(files: Path) -> None:
     info = probe(str(files / "constant.mp4"))
@@ -626,6 +672,42 @@ def test_probe_reads_the_header(files: Path) -> None:
     assert info.header_duration_s == pytest.approx(3.0)
     assert (info.codec, info.rotation_degrees, info.start_s) == ("h264", 0, 0.0)
     assert info.path == str(files / "constant.mp4")
+
+
+@pytest.mark.parametrize("backend", ["opencv", "pyav"])
+@pytest.mark.parametrize("start_s", [1, 5])  # less and more than the file's length
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("mkv", LOSSLESS), ("wmv", {"codec": "wmv2"}), ("mp4", {}), ("ts", {}), ("flv", {"codec": "flv"})],
+)
+def test_what_the_header_promises_counts_from_the_first_frame(
+    request: pytest.FixtureRequest, tmp_path: Path, suffix: str, options: Any, start_s: int, backend: str
+) -> None:
+    ticks = [90_000 * start_s + 3000 * index for index in range(60)]
+    path = write_coded(tmp_path / f"late.{suffix}", 60, ticks=ticks, **options)
+    if backend == "pyav":
+        request.getfixturevalue("pyav_only")
+    assert probe(path).expected_s == pytest.approx(2.0, abs=0.11)
+
+
+def test_a_late_file_that_is_cut_off_is_flagged(tmp_path: Path) -> None:
+    options = {"ticks": [450_000 + 3000 * i for i in range(90)], "container_options": {"movflags": "faststart"}}
+    path = write_coded(tmp_path / "late.mp4", 90, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    _, reader = read(path)
+    assert reader.truncated
+    assert "its header tells of 3.00 s" in reader.notes[0]
+
+
+def test_expected_seconds_of_odd_headers() -> None:
+    def expected(duration_s: float | None, start_s: float, ends_on_clock: bool) -> float:
+        odd = video.VideoInfo("v", 8, 8, 25.0, None, duration_s, 0, "x", "y", start_s, ends_on_clock)
+        return odd.expected_s
+
+    assert expected(None, 0.0, True) == expected(None, 5.0, False) == expected(-1.0, 0.0, True) == 0.0
+    assert expected(7.0, 5.0, True) == 2.0
+    assert expected(7.0, 5.0, False) == 7.0
+    assert expected(2.0, 5.0, True) == 2.0  # no end lies before the first frame: it is a length
 
 
 def test_source_of_notices_a_change(tmp_path: Path) -> None:
