@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tad.annotations import Truth
 from tad.doctor.checks import Check, some
-from tad.errors import TadError
 from tad.progress import ProgressFactory, silent
 
 GROUP = "videos"
@@ -15,6 +14,7 @@ MANY = 50  # files beyond which progress is shown: each is opened, and its first
 
 def check_videos(videos: str | Path, truth: Truth | None, *, progress: ProgressFactory | None) -> list[Check]:
     """Raises :class:`VideoError` for a folder or list without any video."""
+    from tad.extract.frames import UNREADABLE
     from tad.extract.inputs import find_videos
     from tad.extract.video import probe
 
@@ -27,7 +27,7 @@ def check_videos(videos: str | Path, truth: Truth | None, *, progress: ProgressF
             bar.advance(1)
             try:
                 info = probe(file.path)
-            except (TadError, OSError) as error:
+            except UNREADABLE as error:
                 broken.append(str(error))
                 continue
             annotated, header = known.get(file.video), info.expected_s
