@@ -80,7 +80,8 @@ def recipe_check(
 ) -> None:
     """Say all that would stop a training, without training. NAME is one of 'tad recipe ls', or a file.
 
-    Streams, the detector's options, videos with features, classes, windows. Exit status 1 when something is wrong.
+    Streams, the detector's options, videos with features, classes, windows; of a recipe with a section 'joint' its
+    frames, mode and backbones. Exit status 1 when something is wrong.
     """
     from tad.detect.recipe_check import check_recipe
     from tad.detect.recipes import detect_recipe
@@ -90,6 +91,10 @@ def recipe_check(
     given = streams.split(",") if streams else None
     chosen = detect_recipe(file=find_recipe(name), streams=given, sets=sets)
     check = check_recipe(chosen, store=store, annotations=annotations, read=not quick, device=device, progress=progress)
+    if chosen.joint is not None:
+        from tad.joint.check import check_joint_recipe
+
+        check_joint_recipe(check, chosen, store=store, annotations=annotations, read=not quick)
     if as_json:
         show({"ok": not check.problems, **dataclasses.asdict(check)})
     else:

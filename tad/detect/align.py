@@ -210,6 +210,21 @@ def feature_duration(feature: Feature, rows: int) -> float:
     return float(feature.axis.center_s(rows - 1) + 0.5 * max(feature.axis.window_s, feature.axis.scale_s))
 
 
+def extent_rows(axis: TimeAxis, rows: int, duration_s: float) -> tuple[float, float]:
+    """What ``rows`` rows look at with their windows, inside the video, in row edges."""
+    half = 0.5 * max(axis.window_s / axis.scale_s, 1.0)  # rows
+    low = max(0.5 - half, axis.to_rows(0.0))
+    return low, max(low, min(rows - 0.5 + half, axis.to_rows(duration_s)))
+
+
+def seen_rows(axis: TimeAxis, rows: int, duration_s: float) -> tuple[float, float]:
+    """To where truth and proposals of a whole video are cut: its rows ``[0, rows]``, and what their windows see of the
+    video beyond (see :func:`extent_rows`); less than ``SAME_AXIS`` is nothing.
+    """
+    low, high = extent_rows(axis, rows, duration_s)
+    return low if low < -SAME_AXIS else 0.0, high if high > rows + SAME_AXIS else float(rows)
+
+
 def same_axis(a: TimeAxis, b: TimeAxis, *, rows: int) -> bool:
     """Whether the centres of ``rows`` rows agree within a thousandth of a row."""
     last = max(rows - 1, 0)

@@ -20,11 +20,11 @@ from tad.detect.runs import (
     remove_run,
     remove_training,
     require_free,
-    sha256_of,
     write_json,
     write_text,
 )
 from tad.detect.source import StoreSource
+from tad.detect.trained_on import check_annotations, described_annotations
 from tad.errors import RecipeError, StoreError
 from tad.recipe import DetectRecipe, validated
 from tad.store import Store
@@ -65,10 +65,7 @@ def may_begin(
             f"run {path} cannot be resumed with another recipe: {describe_differences(changed)}. "
             "Give the old values, or train into another folder"
         )
-    if env["annotations"]["sha256"] != _sha256_of(truth):
-        raise RecipeError(
-            f"run {path} cannot be resumed: annotations {truth.path} are not those that it was begun with"
-        )
+    check_annotations(path, env["annotations"], truth)
     source.check_features(run, store)
     if run.finished:
         logger.info("run %s is finished, there is nothing to resume", path)
@@ -97,7 +94,7 @@ def write_head(
     env = environment(device=processes.device, seed=recipe.seed, world=processes.size)
     env |= {
         "store": {"path": str(store.path), "format": store.format},
-        "annotations": {"path": str(truth.path), "sha256": _sha256_of(truth)},
+        "annotations": described_annotations(truth),
         "recipe_as_given": given.model_dump(mode="json"),
     }
     write_json(path / "env.json", env)
@@ -116,7 +113,3 @@ def check_same_videos(state: Mapping[str, Any], data: TrainingSet, path: Path) -
                 f"run {path} cannot be resumed: the store's usable videos are not those that it was begun with "
                 f"({part}: new {shown(more) or 'none'}; gone {shown(less) or 'none'}). Restore them, or overwrite"
             )
-
-
-def _sha256_of(truth: Truth) -> str | None:
-    return sha256_of(truth.path) if truth.path and Path(truth.path).is_file() else None

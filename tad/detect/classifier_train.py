@@ -27,7 +27,7 @@ from tad.detect.classifier_run import (
 )
 from tad.detect.data import EpochLoader, VideoDataset, epoch_steps
 from tad.detect.preflight import Failure, Plan, TrainingSet, plan_training, read_training
-from tad.detect.trained_on import check_features, described_features
+from tad.detect.trained_on import check_annotations, check_features, described_annotations, described_features
 from tad.detect.trainer import Trainer
 from tad.detect.windows import read_whole
 from tad.errors import RecipeError, StoreError
@@ -43,7 +43,6 @@ from tad.training.files import (
     read_json,
     read_state,
     remove_files,
-    sha256_of,
     write_csv,
     write_json,
     write_state,
@@ -258,7 +257,7 @@ class _Training:
         env = environment(device=self.trainer.processes.device, seed=self.recipe.seed, world=1)
         env |= {
             "store": {"path": str(self.store.path), "format": self.store.format},
-            "annotations": {"path": str(self.truth.path), "sha256": _sha256(self.truth)},
+            "annotations": described_annotations(self.truth),
         }
         write_json(self.path / "env.json", env)
         if failures := self._failures():
@@ -296,13 +295,8 @@ def _check_same_training(path: Path, recipe: ClassifierRunRecipe, truth: Truth, 
             f"run {path} cannot be resumed with another recipe: {describe_differences(changed)}. "
             "Give the old values, or train into another folder"
         )
-    if read_json(path / "env.json")["annotations"]["sha256"] != _sha256(truth):
-        raise RecipeError(f"run {path} cannot be resumed: annotations {truth.path} are not those it was begun with")
+    check_annotations(path, read_json(path / "env.json")["annotations"], truth)
     check_features(path, run.features, store)
-
-
-def _sha256(truth: Truth) -> str | None:
-    return sha256_of(truth.path) if truth.path and Path(truth.path).is_file() else None
 
 
 def classifier_recipe(sets: Iterable[str] = ()) -> tuple[ClassifierRecipe, DataRecipe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tad.detect.align import Sample
+from tad.detect.align import Sample, seen_rows
 from tad.detect.interface import Batch, LevelSpec, Proposals, Targets
 from tad.detect.windows import crop, open_whole, read_whole
 from tad.errors import TadError
@@ -31,18 +32,21 @@ class RowTruth:
 
     segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))  # (N, 2)
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,)
-    outside: int = 0  # segments that no row covers
+    outside: int = 0  # segments that no row sees
     empty: int = 0  # segments that do not last
 
 
-def row_truth(segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: int) -> RowTruth:
-    """Truth in seconds (N, 2) -> row edges, cut to ``[0, rows]``.
+def row_truth(
+    segments_s: np.ndarray, labels: np.ndarray, axis: TimeAxis, rows: int, *, duration_s: float = math.inf
+) -> RowTruth:
+    """Truth in seconds (N, 2) -> row edges, cut to what the rows see (:func:`~tad.detect.align.seen_rows`).
 
-    Segments that do not last (a thousandth of a row or less) and those outside all rows are left out and counted.
+    Segments that do not last (a thousandth of a row or less) and those that no row sees are left out and counted.
+    ``duration_s`` is of the video.
     """
     segments_s = np.asarray(segments_s, np.float64).reshape(-1, 2)
     lasting = segments_s[:, 1] - segments_s[:, 0] > SLIVER_ROWS * axis.scale_s  # (N,)
-    edges = np.clip(axis.to_rows(segments_s), 0.0, float(rows))  # (N, 2)
+    edges = np.clip(axis.to_rows(segments_s), *seen_rows(axis, rows, duration_s))  # (N, 2)
     inside = edges[:, 1] - edges[:, 0] > SLIVER_ROWS
     keep = lasting & inside
     return RowTruth(
@@ -92,9 +96,12 @@ def _is_frames(array: np.ndarray) -> bool:
 
 
 def with_proposals(sample: Sample, found: tuple[np.ndarray, np.ndarray]) -> Sample:
-    """``sample``, a whole video, with proposals: seconds (P, 2) and scores (P,), best first. Those off its rows go."""
+    """``sample``, a whole video, with proposals: seconds (P, 2) and scores (P,), best first. They are cut
+    as truth is; those that no row sees go.
+    """
     segments_s, scores = found
-    edges = np.clip(sample.axis.to_rows(np.asarray(segments_s, np.float64).reshape(-1, 2)), 0.0, float(sample.rows))
+    low, high = seen_rows(sample.axis, sample.rows, sample.duration_s)
+    edges = np.clip(sample.axis.to_rows(np.asarray(segments_s, np.float64).reshape(-1, 2)), low, high)  # (P, 2)
     keep = edges[:, 1] - edges[:, 0] > SLIVER_ROWS
     kept_scores = np.asarray(scores, np.float32).reshape(-1)[keep]
     return replace(sample, proposals=edges[keep].astype(np.float32), proposal_scores=kept_scores)

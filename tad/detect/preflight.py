@@ -281,7 +281,9 @@ def read_training(
             interpolated.update(dict.fromkeys(sample.interpolated))
             other_length += _lengths_differ(sample.duration_s, plan.durations_s.get(video, float("nan")))
             if video in trained:
-                truth = train[video] = row_truth(*plan.segments[video], sample.axis, sample.rows)
+                truth = train[video] = row_truth(
+                    *plan.segments[video], sample.axis, sample.rows, duration_s=sample.duration_s
+                )
                 # windows are looked at for their truth alone: cutting them must read nothing
                 lengths = {key: np.empty((rows.shape[0], 0), np.float32) for key, rows in sample.features.items()}
                 filled = replace(sample, features=lengths, segments=truth.segments, labels=truth.labels)

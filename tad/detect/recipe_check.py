@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,10 +14,19 @@ from tad.annotations import Truth, read_truth
 from tad.detect.align import check_needs
 from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.interface import Detector
-from tad.detect.preflight import Plan, check_streams, plan_training, read_training, shown, training_subset
+from tad.detect.preflight import (
+    Failure,
+    Plan,
+    check_streams,
+    plan_training,
+    read_training,
+    shown,
+    training_subset,
+)
 from tad.detect.prepare import check_class_scores
 from tad.detect.prepare import check_recipe as check_sources
 from tad.detect.train import resolved
+from tad.detect.windows import unused_keys
 from tad.errors import TadError, did_you_mean
 from tad.progress import ProgressFactory, silent
 from tad.recipe import ClassesRecipe, DetectRecipe
@@ -47,6 +56,13 @@ class RecipeCheck:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
             return None
+
+    def left_out(self, what: str, failures: Sequence[Failure]) -> None:
+        """A note of the videos of which ``what`` is true, if there are any."""
+        if failures:
+            videos = shown([failure.video for failure in failures])
+            told = f"{len(failures)} videos {what} and would be left out: {videos}; the first: {failures[0]}"
+            self.notes.append(told)
 
 
 def full_recipe(recipe: DetectRecipe) -> DetectRecipe:
@@ -106,6 +122,8 @@ def _check(
         _check_sources(check, recipe, store)
         plan = _plan(check, recipe, store, truth)
     detector = _build(check, recipe, plan, store) if recipe.detector in DETECTORS else None
+    if detector is not None:
+        check.notes += unused_keys(recipe, detector)
     if plan is None or detector is None or store is None or check.problems or not read:
         return
     plan_, store_, needs = plan, store, detector.needs
@@ -113,7 +131,7 @@ def _check(
     if data is not None:
         check.counts |= data.counts
         check.notes += data.messages
-        _failures(check, "cannot be read", data.failures)
+        check.left_out("cannot be read", data.failures)
 
 
 def _check_sources(check: RecipeCheck, recipe: DetectRecipe, store: Store) -> None:
@@ -143,17 +161,11 @@ def _plan(check: RecipeCheck, recipe: DetectRecipe, store: Store, truth: Truth |
     check.counts |= {"train_videos": len(plan.train), "holdout_videos": len(plan.holdout)}
     check.counts |= {"missing_videos": len(plan.failures), "classes": len(plan.classes)}
     check.notes += plan.messages
-    _failures(check, "lack features", plan.failures)
+    check.left_out("lack features", plan.failures)
     if recipe.detector in DETECTORS:
         scored = check.attempt(lambda: check_class_scores(recipe, classes=plan.classes, holdout=plan.holdout))
         check.notes += scored or []
     return plan if len(there) == len(recipe.streams) else None
-
-
-def _failures(check: RecipeCheck, what: str, failures: list[Any]) -> None:
-    if failures:
-        videos = shown([failure.video for failure in failures])
-        check.notes.append(f"{len(failures)} videos {what} and would be left out: {videos}; the first: {failures[0]}")
 
 
 def _build(check: RecipeCheck, recipe: DetectRecipe, plan: Plan | None, store: Store | None) -> Detector | None:

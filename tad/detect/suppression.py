@@ -27,6 +27,8 @@ def nms(
 ) -> Tensor:
     """Greedy non-maximum suppression: the best-scored segment stays and removes every other one with tIoU ≥ ``tiou``.
 
+    What does not overlap it at all stays, with ``tiou=0`` too.
+
     Parameters
     ----------
     segments : (N, 2) start and end, any unit.
@@ -64,7 +66,7 @@ def _by_score(indices: Tensor, scores: Tensor) -> Tensor:
 
 def _greedy_side_by_side(segments: Tensor, stays: Tensor, tiou: float) -> Tensor:
     """(G, n) bool: who stays of ``segments`` (G, n, 2), each row sorted by falling score; ``stays``: no padding."""
-    removes = _pairwise_tiou(segments) >= tiou  # (G, n, n)
+    removes = _rivals(_pairwise_tiou(segments), tiou)  # (G, n, n)
     stays = stays.clone()
     for place in range(stays.shape[1] - 1):
         stays[:, place + 1 :] &= ~(removes[:, place, place + 1 :] & stays[:, place, None])
@@ -79,6 +81,12 @@ def _pairwise_tiou(segments: Tensor) -> Tensor:
     inter.sub_(torch.maximum(start[:, :, None], start[:, None])).clamp_(min=0)
     union = (length[:, :, None] + length[:, None]).sub_(inter)
     return inter.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
+
+
+def _rivals(overlap: Tensor, threshold: float | Tensor) -> Tensor:
+    """Bool like ``overlap``, tIoUs (..., n): which are at least ``threshold``, and not 0 where that is."""
+    least = torch.finfo(overlap.dtype).tiny
+    return overlap >= (threshold.clamp(min=least) if isinstance(threshold, Tensor) else max(threshold, least))
 
 
 def _greedy(segments: Tensor, tiou: float, limit: int | None) -> Tensor:
@@ -104,7 +112,7 @@ def _greedy_window(ends: Tensor, alive: Tensor, tiou: float, limit: int | None) 
     count = 0
     while len(alive) and (limit is None or count < limit):
         head, tail = alive[:BLOCK], alive[BLOCK:]
-        rivals = segment_tiou(ends[:, head].t(), ends[:, head].t()) >= tiou
+        rivals = _rivals(segment_tiou(ends[:, head].t(), ends[:, head].t()), tiou)
         keep = head[_settled(rivals.triu(1))]
         kept.append(keep)
         count += len(keep)
@@ -114,7 +122,7 @@ def _greedy_window(ends: Tensor, alive: Tensor, tiou: float, limit: int | None) 
 
 def _removed(ends: Tensor, keep: Tensor, others: Tensor, tiou: float) -> Tensor:
     """(M,) bool: one of ``keep`` overlaps this one of ``others`` (M,) too much; both index ``ends`` (2, N)."""
-    return (segment_tiou(ends[:, keep].t(), ends[:, others].t()) >= tiou).any(0)
+    return _rivals(segment_tiou(ends[:, keep].t(), ends[:, others].t()), tiou).any(0)
 
 
 def _settled(removes: Tensor) -> Tensor:
@@ -148,8 +156,9 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """Soft-NMS (Bodla et al., 2017): put out the best segment that is left, lower the scores of its rivals, repeat.
 
-    A rival is a segment of the same label (of any, without ``labels``) with tIoU ≥ the threshold. Its score is
-    multiplied by ``exp(-tIoU ** power / sigma)`` (``gaussian``) or ``1 - tIoU`` (``linear``); ``hard`` removes it.
+    A rival is a segment of the same label (of any, without ``labels``) that overlaps, with tIoU ≥ the threshold. Its
+    score is multiplied by ``exp(-tIoU ** power / sigma)`` (``gaussian``) or ``1 - tIoU`` (``linear``); ``hard``
+    removes it.
 
     Parameters
     ----------
@@ -192,7 +201,7 @@ def soft_nms(
             factor = torch.zeros_like(overlap)
         if method != "hard" and tiou_high is None and tiou <= 0:
             return factor  # where nothing overlaps, it is 1 anyway
-        return torch.where(overlap >= threshold, factor, 1.0)
+        return torch.where(_rivals(overlap, threshold), factor, 1.0)
 
     min_score = max(min_score, 0.0)
     candidates = torch.nonzero(scores >= min_score).squeeze(1)

@@ -28,6 +28,7 @@ from tad.detect.runs import (
 from tad.detect.source import StoreSource
 from tad.detect.trained_on import described_features
 from tad.detect.trainer import Trainer
+from tad.detect.windows import unused_keys
 from tad.errors import RecipeError, StoreError, TadError
 from tad.progress import ProgressFactory, silent
 from tad.recipe import DetectRecipe
@@ -133,7 +134,7 @@ def _train(
         raise StoreError(f"no held-out video with segments is left to choose by; the first says: {lacking[0]}")
     if len(set(processes.gathered((tuple(data.train), tuple(data.holdout))))) > 1:
         raise StoreError(f"store {store.path}: not every process could read the same videos; run 'tad store verify'")
-    notes = list(remarks)
+    notes = [*remarks, *unused_keys(recipe, detector)]
     if not resuming:
         notes += check_class_scores(recipe, classes=plan.classes, holdout=data.holdout)
     video = next(iter(data.train))

@@ -1,21 +1,50 @@
-"""The features that a run was trained on: ``features.json``, and whether a store holds the same."""
+"""The annotations and features (``features.json``) that a run was trained on, and whether others are the same."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tad.annotations import Truth
 from tad.detect.align import feature_of
 from tad.detect.interface import LevelSpec
 from tad.detect.preflight import check_streams
 from tad.errors import RecipeError, StoreError
 from tad.store import Store
-from tad.training.files import describe_differences, differing_keys, read_json
+from tad.training.files import describe_differences, differing_keys, read_json, sha256_of
 
 STARTING = "starting.json"  # of a run whose backbones were trained along: the features that it was begun with
 # of every stream, beside its own info
 KEYS: dict[str, type] = {"spec": dict, "fingerprint": str, "channels": int, "dtype": str, "axis": dict}
+TABLES = (  # of a Truth: columns of words and of numbers
+    ("videos", ("video", "subset"), ("duration_s", "fps")),
+    ("segments", ("video", "label", "subset"), ("start_s", "end_s")),
+)
+
+
+def described_annotations(truth: Truth) -> dict[str, Any]:
+    """What ``env.json`` holds: path and SHA-256 of the file, where there is one, and SHA-256 of what was made of it."""
+    file = sha256_of(truth.path) if truth.path and Path(truth.path).is_file() else None
+    digest = hashlib.sha256()
+    for name, words, numbers in TABLES:
+        table = getattr(truth, name).reindex(columns=[*words, *numbers]).astype(dict.fromkeys(numbers, "float64"))
+        digest.update(table.to_csv(index=False, lineterminator="\n").encode())
+    return {"path": str(truth.path), "sha256": file, "tables_sha256": digest.hexdigest()}
+
+
+def check_annotations(path: Path, known: Mapping[str, Any], truth: Truth) -> None:
+    """Raise :class:`RecipeError` unless ``truth`` is what the run at ``path`` was begun with: file and tables.
+
+    ``known`` is what :func:`described_annotations` said then; an earlier version's says nothing of the tables.
+    """
+    now = described_annotations(truth)
+    if any(known[key] != now[key] for key in ("sha256", "tables_sha256") if key in known):
+        raise RecipeError(
+            f"run {path} cannot be resumed: annotations {truth.path or '(made in memory)'} are not those that it was "
+            "begun with"
+        )
 
 
 def described_features(

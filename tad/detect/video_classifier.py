@@ -113,7 +113,10 @@ class VideoClassifier(Detector):
         wanted = present / present.sum(1, keepdim=True).clamp(min=1)
         terms = {"video": -(wanted * outputs.video.log_softmax(dim=1)).sum(1).mean()}
         if self.rows_weight > 0:
-            truth = torch.stack([row_classes(t, outputs.rows.shape[2], classes) for t in targets])  # (B, K + 1, T)
+            real = outputs.mask.sum(1).tolist()
+            truth = torch.stack(
+                [row_classes(t, outputs.rows.shape[2], classes, last=n - 1) for t, n in zip(targets, real, strict=True)]
+            )  # (B, K + 1, T)
             losses = F.cross_entropy(outputs.rows, truth.to(outputs.rows), reduction="none") * outputs.mask  # (B, T)
             terms["rows"] = self.rows_weight * (losses.sum(1) / outputs.mask.sum(1)).mean()
         return terms
@@ -126,15 +129,16 @@ class VideoClassifier(Detector):
         return result
 
 
-def row_classes(targets: Targets, rows: int, classes: int) -> Tensor:
+def row_classes(targets: Targets, rows: int, classes: int, *, last: int | None = None) -> Tensor:
     """The truth of every row as probabilities (K + 1, T), the last of background.
 
-    A row belongs to the segments that its centre is in, and a segment without a row's centre has the row it is in;
-    classes that meet in a row share it evenly.
+    A row belongs to the segments that its centre is in, and a segment without a row's centre has the row it is in, or
+    the nearest up to ``last`` where only its window sees it; classes that meet in a row share it evenly.
     """
     row = torch.arange(rows, device=targets.segments.device)
     start, end = targets.segments[:, :1], targets.segments[:, 1:]  # (N, 1)
-    inside = ((row + 0.5 > start) & (row + 0.5 < end)) | (row == (0.5 * (start + end)).floor())  # (N, T)
+    middle = (0.5 * (start + end)).floor().clamp(0, rows - 1 if last is None else last)
+    inside = ((row + 0.5 > start) & (row + 0.5 < end)) | (row == middle)  # (N, T)
     kinds = F.one_hot(targets.labels, classes).T.float()  # (K, N)
     found = ((kinds @ inside.float()) > 0).float()  # (K, T)
     count = found.sum(0, keepdim=True)

@@ -14,14 +14,18 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from tad.detect.align import Sample, level_axis, level_factors, open_sample, read_sample, resampled
-from tad.detect.interface import LevelSpec, Segments
+from tad.detect.align import Sample, level_axis, level_factors, open_sample, read_sample, resampled, seen_rows
+from tad.detect.interface import Detector, LevelSpec, Segments
 from tad.errors import RecipeError
-from tad.recipe import DataRecipe
+from tad.recipe import DataRecipe, DetectRecipe
 from tad.store import Store
 from tad.timeline import TimeAxis
 
 PIECE_VALUES = 2**24  # read at a time where a video is only checked
+CUTS = ("max_rows", "min_inside")  # keys of random cuts out of whole videos
+WINDOWS = ("train_stride", "detect_stride", "empty_windows")
+UNUSED = {"full": (*WINDOWS, "rescale"), "windowed": ("max_rows", "rescale"), "rescaled": (*WINDOWS, *CUTS)}
+SEEN = {"full": "whole", "windowed": "in windows", "rescaled": "rescaled"}
 
 
 def read_whole(store: Store, needs: Sequence[LevelSpec], video: str, data: DataRecipe) -> Sample:
@@ -109,11 +113,12 @@ def window_starts(rows: int, *, window: int, stride: int, step: int = 1) -> list
 
 def crop(sample: Sample, start: int, rows: int, *, min_inside: float = 0.5) -> Sample:
     """Rows ``[start, start + rows)`` of a sample. A truth or proposal of which at least ``min_inside`` lies inside (its
-    tIoA) stays, cut to the crop.
+    tIoA) stays, cut to the crop; at an end of the sample to what its rows see beyond.
     """
-    end = min(rows, sample.rows - start)
-    segments, kept = _inside(sample.segments - np.float32(start), end, min_inside)
-    proposals, left = _inside(sample.proposals - np.float32(start), end, min_inside)
+    low, high = seen_rows(sample.axis, sample.rows, sample.duration_s)
+    ends = low if start == 0 else 0.0, (high if start + rows >= sample.rows else start + rows) - start
+    segments, kept = _inside(sample.segments - np.float32(start), ends, min_inside)
+    proposals, left = _inside(sample.proposals - np.float32(start), ends, min_inside)
     return replace(
         sample,
         features={key: _level_rows(sample, key, start, start + rows) for key in sample.features},
@@ -133,11 +138,23 @@ def _level_rows(sample: Sample, key: str, start: int, stop: int) -> np.ndarray:
     return sample.features[key][start // factor : -(-stop // factor)]
 
 
-def _inside(moved: np.ndarray, end: int, min_inside: float) -> tuple[np.ndarray, np.ndarray]:
-    """Those of segments ``moved`` (N, 2) that lie far enough in ``[0, end]``, cut to it, and which they are (N,)."""
-    cut = np.clip(moved, 0, end)
+def _inside(moved: np.ndarray, ends: tuple[float, float], min_inside: float) -> tuple[np.ndarray, np.ndarray]:
+    """Those of segments ``moved`` (N, 2) that lie far enough between ``ends``, cut to it, and which they are (N,)."""
+    cut = np.clip(moved, np.float32(ends[0]), np.float32(ends[1]))
     keep = cut[:, 1] - cut[:, 0] >= np.maximum(min_inside * (moved[:, 1] - moved[:, 0]), 1e-6)  # (N,)
     return cut[keep], keep
+
+
+def unused_keys(recipe: DetectRecipe, detector: Detector) -> list[str]:
+    """A message where the recipe sets keys of ``data`` that say nothing to a detector of this layout."""
+    layout = detector.needs[0].layout
+    given, usual = recipe.data.model_dump(), DataRecipe().model_dump()
+    classifier = detector.class_agnostic and recipe.classes.scores is None  # sees the same videos, whole
+    keys = [key for key in UNUSED[layout] if not (classifier and key in CUTS) and given[key] != usual[key]]
+    if not keys:
+        return []
+    told = ", ".join(f"data.{key}={given[key]}" for key in keys)
+    return [f"without effect, since '{recipe.detector}' sees videos {SEEN[layout]}: {told}"]
 
 
 def detection_stride_fits(needs: Sequence[LevelSpec], data: DataRecipe) -> None:

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from tad.annotations import Truth, read_truth
 from tad.detect import preflight
 from tad.detect.align import Sample, check_needs, interpolate_rows, pool_rows, read_sample, same_axis
-from tad.detect.data import EpochLoader, RowTruth, VideoDataset, collate, crop, epoch_steps, row_truth
+from tad.detect.data import EpochLoader, RowTruth, VideoDataset, collate, crop, epoch_steps, row_truth, with_proposals
 from tad.detect.interface import LevelSpec
 from tad.detect.preflight import plan_training, read_training, split_holdout, training_subset
+from tad.detect.windows import never_inside, training_starts
 from tad.errors import AnnotationError, RecipeError, StoreError
 from tad.progress import silent
 from tad.recipe import DataRecipe
@@ -78,6 +79,66 @@ def test_row_truth_equals_a_slow_reference(
     assert (truth.outside, truth.empty) == (outside, empty)
     assert truth.labels.tolist() == [label for *_, label in expected]
     np.testing.assert_allclose(truth.segments, np.array([e[:2] for e in expected]).reshape(-1, 2), atol=1e-4)
+
+
+WIDE = TimeAxis.from_frames(fps=30, window_frames=64, stride_frames=8)  # row 0 sees from 3.5 rows before its edge on
+
+
+def test_truth_and_proposals_are_cut_to_what_windows_see() -> None:
+    """Twenty rows see from 0 s to (19 * 8 + 64) / 30 = 7.2 s; the middle 8 frames of a window are a row's own."""
+    seconds = np.array([[0.0, 0.9], [0.0, 6.0], [6.5, 7.1], [7.15, 9.0], [7.2, 8.0]])
+    expected = [(-3.5, -0.125), (-3.5, 19.0), (20.875, 23.125), (23.3125, 23.5)]
+    truth = row_truth(seconds, np.arange(5), WIDE, rows=20, duration_s=10.0)
+    np.testing.assert_allclose(truth.segments, expected, atol=1e-5)
+    assert (truth.labels.tolist(), truth.outside) == ([0, 1, 2, 3], 1)
+    sample = Sample("v", {"rgb": np.zeros((20, 1))}, WIDE, 10.0)
+    filled = with_proposals(sample, (seconds, np.linspace(1, 0, 5)))
+    np.testing.assert_allclose(filled.proposals, expected, atol=1e-5)
+    assert filled.proposal_scores.tolist() == [1.0, 0.75, 0.5, 0.25]
+    short = row_truth(seconds, np.arange(5), WIDE, rows=20, duration_s=7.0)  # its last windows are padded
+    np.testing.assert_allclose(short.segments[2], (20.875, (7.0 - 32 / 30) * 30 / 8 + 0.5), atol=1e-5)
+    assert short.outside == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-5, 80), st.floats(0.01, 50)), max_size=6),
+    st.integers(1, 40),
+    st.sampled_from([(8, 8, 1), (5, 5, 1), (8, 8, 3), (4, 8, 1), (7, 7, 7)]),
+    st.sampled_from([10, 24, 25, 29.97, 30]),
+    st.floats(0.1, 90),
+)
+def test_rows_that_tile_a_video_cut_truth_at_their_edges(
+    pairs: list[tuple[float, float]], rows: int, shape: tuple[int, int, int], fps: float, duration_s: float
+) -> None:
+    window, stride, pooled = shape
+    axis = TimeAxis.from_frames(fps=fps, window_frames=window, stride_frames=stride).pooled(pooled)
+    seconds = np.array([(a, a + b) for a, b in pairs]).reshape(-1, 2)
+    edges = np.clip(axis.to_rows(seconds), 0.0, float(rows)).astype(np.float32)
+    known = set(map(tuple, edges.tolist()))
+    truth = row_truth(seconds, np.arange(len(pairs)), axis, rows, duration_s=duration_s)
+    assert set(map(tuple, truth.segments.tolist())) <= known  # bit for bit
+    assert len(truth.labels) == int((edges[:, 1] - edges[:, 0] > 1e-3).sum())
+
+
+def test_a_crop_at_an_end_keeps_what_windows_see_there() -> None:
+    segments = np.array([(-3.5, 2.0), (-3.5, -1.0), (18.0, 23.5), (8.0, 11.0), (-3.5, 23.5)], np.float32)
+    sample = Sample("v", {"rgb": np.zeros((20, 1))}, WIDE, 7.2, segments, np.arange(5), proposals=segments,
+                    proposal_scores=np.arange(5))  # fmt: skip
+    first, middle, last = crop(sample, 0, 10), crop(sample, 1, 18), crop(sample, 10, 10)
+    assert first.labels.tolist() == [0, 1, 3, 4]
+    np.testing.assert_allclose(first.segments, [(-3.5, 2), (-3.5, -1), (8, 10), (-3.5, 10)], atol=1e-5)
+    assert middle.labels.tolist() == [3, 4]  # it begins and ends inside the video: at its rows' edges
+    assert middle.segments.tolist() == [[7, 10], [0, 18]]
+    assert last.labels.tolist() == [2, 4]
+    np.testing.assert_allclose(last.segments, [(8, 13.5), (0, 13.5)], atol=1e-5)
+    np.testing.assert_array_equal(last.proposals, last.segments)
+    assert last.proposal_scores.tolist() == [2, 4]
+    longer = crop(sample, 0, 64)
+    np.testing.assert_allclose(longer.segments, segments, atol=1e-5)
+    needs = [LevelSpec("rgb", layout="windowed", rows=8)]
+    starts = training_starts(sample, needs, DataRecipe(train_stride=4))
+    assert never_inside(replace(sample, segments=segments[:4], labels=np.arange(4)), starts, needs, DataRecipe()) == 0
 
 
 # ---- streams on one axis -----------------------------------------------------------------------------------
@@ -438,13 +499,19 @@ def test_truth_that_cannot_be_learnt_is_counted(world: tuple[Path, Path]) -> Non
     def change(database: dict[str, Any]) -> None:
         database["video_000"]["annotations"] += [
             {"segment": [3.0, 3.0], "label": "jump"},
-            {"segment": [0.0, 0.1], "label": "jump"},  # before the left edge of the first row, 0.16 s
+            {"segment": [0.0, 0.1], "label": "jump"},  # before the left edge of the first row, 0.16 s, in its window
+            {"segment": [entry_end, entry_end + 1.0], "label": "jump"},  # behind the last window
         ]
+        database["video_000"]["duration"] += 1.0
 
+    before = plan(world, data={"holdout": 0.0}, train={"select": "last"})[1]
+    entry_end = json.loads(world[1].read_text())["database"]["video_000"]["duration"]
     edit(world[1], change)
     planned, data = plan(world, data={"holdout": 0.0}, train={"select": "last"})
     assert planned.holdout == []
     assert (data.counts["segments_empty"], data.counts["segments_outside"]) == (1, 1)
+    assert data.counts["segments"] == before.counts["segments"] + 1
+    np.testing.assert_allclose(data.train["video_000"].segments[-1], (-0.5, 0.1 / 0.32 - 0.5), atol=1e-6)
 
 
 def test_truth_in_frames_is_found_out(world: tuple[Path, Path]) -> None:

@@ -31,7 +31,7 @@ def slow_nms(segments, scores, labels, threshold):
     kept = []
     for i in order:
         rivals = [k for k in kept if labels is None or labels[k] == labels[i]]
-        if all(tiou(segments[i], segments[k]) < threshold for k in rivals):
+        if not any(0 < tiou(segments[i], segments[k]) >= threshold for k in rivals):
             kept.append(i)
     return kept
 
@@ -50,7 +50,7 @@ def slow_soft_nms(segments, scores, labels, *, method, sigma, low, high, power, 
             if labels is not None and labels[i] != labels[top]:
                 continue
             overlap = tiou(segments[top], segments[i])
-            if overlap < threshold:
+            if overlap == 0 or overlap < threshold:
                 continue
             if method == "hard":
                 del left[i]
@@ -70,7 +70,7 @@ COARSE = st.integers(0, 12)  # few values: ties, duplicates, segments without le
 CASE = st.lists(st.tuples(COARSE, COARSE, st.integers(0, 5), st.integers(0, 2)), max_size=14)
 
 
-@given(CASE, st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.booleans(), st.sampled_from([1, 3, 128]))
+@given(CASE, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans(), st.sampled_from([1, 3, 128]))
 def test_nms_is_the_greedy_result(case, threshold, per_label, block):
     segments = [(min(a, b), max(a, b)) for a, b, _, _ in case]
     scores, labels = [s / 5 for _, _, s, _ in case], [k for _, _, _, k in case] if per_label else None
@@ -101,7 +101,7 @@ def test_nms_over_many_blocks(per_label, limit):
     CASE,
     st.sampled_from(["gaussian", "linear", "hard"]),
     st.booleans(),
-    st.sampled_from([(0.0, None, 2.0), (0.5, None, 2.0), (0.25, 0.9, 2.5)]),
+    st.sampled_from([(0.0, None, 2.0), (0.5, None, 2.0), (0.25, 0.9, 2.5), (0.0, 0.9, 2.0)]),
     st.sampled_from([0.0, 0.15]),
     st.booleans(),
 )
@@ -145,6 +145,15 @@ def test_hard_soft_nms_is_nms():
     indices, values = soft_nms(segments, scores, labels, method="hard", tiou=0.4)
     assert torch.equal(indices, nms(segments, scores, labels, tiou=0.4))
     assert torch.equal(values, scores[indices])
+
+
+def test_what_does_not_overlap_is_no_rival_at_a_threshold_of_zero():
+    segments, scores = torch.tensor([[0.0, 1], [5, 6], [9, 12], [11, 13], [12, 12]]), torch.tensor([9, 8, 7, 6, 5]) / 10
+    for labels in (None, torch.zeros(5, dtype=torch.int64)):
+        assert nms(segments, scores, labels, tiou=0.0).tolist() == [0, 1, 2, 4]
+        assert soft_nms(segments, scores, labels, method="hard")[0].tolist() == [0, 1, 2, 4]
+    recipe = PostprocessRecipe(method="soft_nms", decay="hard")
+    assert len(suppress(Segments("v", segments, torch.zeros(5, dtype=torch.int64), scores), recipe)) == 4
 
 
 @pytest.mark.parametrize("function", [nms, lambda *args: soft_nms(*args)[0]])

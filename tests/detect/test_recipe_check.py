@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tad.detect import train_detector
+from tad.detect.detectors import DETECTORS, build_detector
 from tad.detect.recipe_check import check_recipe, full_recipe
+from tad.detect.windows import unused_keys
 from tad.errors import RecipeError, TadError
 from tad.recipe import DetectRecipe, dump_yaml, parse_yaml
 from tad.store import open_store
@@ -108,6 +112,51 @@ def test_windows_are_counted(world: tuple[Path, Path]) -> None:
     assert any("windows of 32 rows" in note for note in check.notes)
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        (
+            {},
+            {"train_stride": 3, "rescale": "average", "empty_windows": True, "max_rows": 50, "min_inside": 0.3},
+            "videos whole: data.train_stride=3, data.empty_windows=True, data.rescale=average",
+        ),
+        (
+            {"layout": "windowed", "rows": 32},
+            {"rescale": "average", "max_rows": 99, "train_stride": 8, "detect_stride": 8, "empty_windows": True},
+            "videos in windows: data.max_rows=99, data.rescale=average",
+        ),
+        (
+            {"layout": "rescaled", "rows": 32},
+            {"rescale": "average", "detect_stride": 4, "min_inside": 0.2, "max_rows": 7, "row_spacing": 2},
+            "videos rescaled: data.detect_stride=4, data.max_rows=7, data.min_inside=0.2",
+        ),
+    ],
+)
+def test_keys_without_effect_are_told_by_check_and_training(
+    model: dict[str, Any], data: dict[str, Any], said: str, world: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe = toy_recipe(model=model, data=data, train={"epochs": 1})
+    message = f"without effect, since 'toy' sees {said}"
+    for read in (True, False):
+        check = check_recipe(recipe, store=world[0], annotations=world[1], read=read)
+        assert check.problems == []
+        assert check.notes.count(message) == 1
+    train_detector(recipe, store=world[0], annotations=world[1], out=tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "log.txt").read_text().count(f"{message}\n") == 1
+    used = toy_recipe(model=model)
+    assert not any("without effect" in n for n in check_recipe(used, store=world[0], annotations=world[1]).notes)
+
+
+def test_cuts_have_an_effect_on_the_classifier_that_is_trained_along() -> None:
+    recipe = toy_recipe(data={"max_rows": 50, "detect_stride": 4})
+    detector = build_detector("bmn", channels={"rgb": 4}, classes=1, **SMALL["bmn"], layout="rescaled")
+    told = unused_keys(recipe, detector)
+    assert len(told) == 1
+    assert told[0].endswith(": data.detect_stride=4")
+    given = recipe.model_copy(update={"classes": recipe.classes.model_copy(update={"scores": "scores.json"})})
+    assert unused_keys(given, detector)[0].endswith(": data.detect_stride=4, data.max_rows=50")
+
+
 def test_videos_without_features_are_no_problem(tmp_path: Path) -> None:
     path, annotations = make_world(tmp_path, training=6)
     with open_store(path, "a") as store:
@@ -146,3 +195,63 @@ def test_full_recipes_of_what_does_not_exist() -> None:
         full_recipe(toy_recipe(detector="talnte"))
     with pytest.raises(RecipeError, match="Did you mean 'width'"):
         full_recipe(toy_recipe(model={"widt": 3}))
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "talnet": {"width": 4},
+    "sptad": {"rows": 16, "width": 8, "interaction_width": 4, "attention_heads": 2, "feedforward": 8, "heads": 1},
+    "talmts": {"rows": 32, "width": 4, "norm_groups": 2, "stt": False, "fsa": False, "frame_factor": 1},
+    "afsd": {"rows": 32, "width": 4, "norm_groups": 2, "frame_factor": 1},
+    "bmn": {"rows": 8, "width": 4, "tem_width": 4, "matching_channels": 4, "hidden": 4, "pem_width": 4, "samples": 2},
+    "etad": {
+        "layout": "windowed", "rows": 8, "width": 8, "lstm_width": 8, "branch_width": 8, "roi_channels": 4,
+        "head_width": 8, "branch_head_width": 8, "norm_groups": 2,
+    },
+    "tcanet": {
+        "width": 8, "head_width": 8, "boundary_width": 4, "context_samples": 4, "action_samples": 4, "feedforward": 8,
+    },
+}  # fmt: skip
+ODD: tuple[Any, ...] = (None, True, "x", -1, 0.7, [1], ["a"], {"a": 1}, float("nan"), [[1, 2]], {"rgb": [1]})
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_values_of_a_wrong_type_are_refused_by_name(name: str) -> None:
+    kind = DETECTORS[name]
+    build_detector(name, channels={"rgb": 4}, classes=2, **SMALL[name])  # what is refused below is the odd value
+    options = set(inspect.signature(kind).parameters) - {"channels", "classes"}
+    refused = set()
+    for key in options:
+        for value in ODD:
+            model = SMALL[name] | {key: value}
+            try:
+                if hasattr(kind, "resolve"):
+                    model = kind.resolve(model, np.array([3.0, 9.0]))
+                if hasattr(kind, "resolve_shapes"):
+                    model = kind.resolve_shapes(model, {"rgb": {"features": (4,)}})
+                build_detector(name, channels={"rgb": 4}, classes=2, **model)
+            except RecipeError:  # and nothing else
+                refused.add(key)
+    assert refused == options
+
+
+@pytest.mark.parametrize(
+    ("detector", "model", "words"),
+    [
+        ("talnet", {"proposal_context": "no"}, "proposal_context must be true or false, got 'no'"),
+        ("etad", SMALL["etad"] | {"tiou_thresholds": 0.7}, "tiou_thresholds must be a list, one a stage, got 0.7"),
+        ("sptad", SMALL["sptad"] | {"levels": 3}, "levels must be a list of names"),
+        ("afsd", SMALL["afsd"] | {"bounds": 3}, "bounds must be [low, high] in rows"),
+        ("talmts", SMALL["talmts"] | {"frames": ["rgb"]}, "frames must name a stream"),
+        ("talmts", SMALL["talmts"] | {"frame_size": None}, "frame_size must be [height, width]"),
+        ("talmts", SMALL["talmts"] | {"level_channels": 7}, "level_channels must name the levels features, got 7"),
+    ],
+)
+def test_a_wrong_type_is_one_problem(
+    detector: str, model: dict[str, Any], words: str, world: tuple[Path, Path]
+) -> None:
+    recipe = toy_recipe(detector=detector, model=model, streams=["rgb"])
+    told = check_recipe(recipe, store=world[0], annotations=world[1], read=False).problems
+    assert len(told) == 1
+    assert words in told[0]
+    with pytest.raises(RecipeError, match="must"):
+        full_recipe(recipe)

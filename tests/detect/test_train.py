@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tad.annotations import read_truth
+from tad.annotations import Truth, read_truth
 from tad.detect import Run, detect, train_detector
 from tad.detect.data import epoch_steps
 from tad.detect.runs import read_state, read_weights
@@ -204,6 +204,28 @@ def test_resume_refuses_other_data(world: tuple[Path, Path], tmp_path: Path) -> 
     with pytest.raises(StoreError, match="made was 'by hand', is 'otherwise'"):
         train((tmp_path / "other.zarr", own[1]), tmp_path / "run", resume=True)
     train(own, tmp_path / "run", resume=True)
+
+
+def test_resume_refuses_another_truth_made_in_memory(world: tuple[Path, Path], tmp_path: Path) -> None:
+    read, run = read_truth(world[1]), tmp_path / "run"
+    made = Truth(read.videos, read.segments)
+    recipe = toy_recipe(train={"epochs": 1})
+    metrics = train((world[0], made), run, recipe)  # type: ignore[arg-type]
+    moved = Truth(read.videos, read.segments.assign(end_s=read.segments["end_s"] + 1e-9))
+    smaller = Truth(read.videos.assign(subset=read.videos["subset"].iloc[::-1].to_numpy()), read.segments)
+    for other in (moved, smaller):
+        with pytest.raises(RecipeError, match=r"annotations \(made in memory\) are not those"):
+            train((world[0], other), run, recipe, resume=True)  # type: ignore[arg-type]
+    again = Truth(read.videos.copy(), read.segments[read.segments.columns[::-1]])  # the order of columns says nothing
+    assert train((world[0], again), run, recipe, resume=True) == metrics  # type: ignore[arg-type]
+    env = json.loads((run / "env.json").read_text())
+    del env["annotations"]["tables_sha256"]  # as an earlier version began it
+    (run / "env.json").write_text(json.dumps(env))
+    assert train((world[0], moved), run, recipe, resume=True) == metrics  # type: ignore[arg-type]
+    changed = Truth(moved.videos, moved.segments, path=world[1])
+    train((world[0], read), tmp_path / "file", recipe)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="are not those"):
+        train((world[0], changed), tmp_path / "file", recipe, resume=True)  # type: ignore[arg-type]
 
 
 def test_overwrite_replaces_a_run_once_the_new_one_can_begin(world: tuple[Path, Path], tmp_path: Path) -> None:

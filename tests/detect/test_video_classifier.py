@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tad.annotations import read_scores_about, read_truth, read_video_scores, write_video_scores
+from tad.annotations import Truth, read_scores_about, read_truth, read_video_scores, write_video_scores
 from tad.detect import classifier_train
 from tad.detect.classifier_run import ClassifierRun, accuracy, classifier_scores, classify_store
 from tad.detect.classifier_train import classifier_recipe, train_classifier
@@ -98,6 +98,9 @@ def test_row_classes_by_a_loop() -> None:
             wanted[3, row] = not present
         got = row_classes(Targets(torch.from_numpy(edges), torch.from_numpy(labels)), rows, 3)
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    # what only the windows of the first and last real rows see belongs to these
+    ends = row_classes(targets_of([(-3.5, -0.5), (4.2, 6.0)], [0, 1]), 6, 2, last=3)
+    assert ends.argmax(0).tolist() == [0, 2, 2, 1, 1, 1]
     short = row_classes(targets_of([(2.6, 2.9)], [1]), 4, 2)
     assert short.argmax(0).tolist() == [2, 2, 1, 2]
 
@@ -279,6 +282,10 @@ def test_a_finished_run_is_left_alone_and_another_refused(
     other.write_text(world[1].read_text() + "\n")
     with pytest.raises(RecipeError, match=r"annotations .* are not those"):
         train((world[0], other), trained, resume=True)
+    read = read_truth(world[1])
+    moved = Truth(read.videos, read.segments.assign(end_s=read.segments["end_s"] + 1.0), path=world[1])
+    with pytest.raises(RecipeError, match=r"annotations .* are not those"):
+        train((world[0], moved), trained, resume=True)  # type: ignore[arg-type]
 
 
 def test_other_folders_are_not_touched(world: tuple[Path, Path], tmp_path: Path) -> None:

@@ -40,8 +40,12 @@ def build_detector(name: str, *, channels: dict[str, int], classes: int, **model
     if name not in DETECTORS:
         raise RecipeError(f"unknown detector '{name}'.{did_you_mean(name, DETECTORS)}")
     detector = DETECTORS[name]
-    known = [key for key in inspect.signature(detector).parameters if key not in ("channels", "classes")]
+    options = inspect.signature(detector).parameters
+    known = [key for key in options if key not in ("channels", "classes")]
     unknown = [f"'{key}'.{did_you_mean(key, known)}" for key in model if key not in known]
     if unknown:
         raise RecipeError(f"detector '{name}' has no model option " + " Nor ".join(unknown))
+    for key, value in model.items():
+        if options[key].annotation in ("bool", bool) and not isinstance(value, bool):
+            raise RecipeError(f"detector '{name}': {key} must be true or false, got {value!r}")
     return detector(channels=channels, classes=classes, **model)

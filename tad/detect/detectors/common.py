@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from tad.detect.align import extent_rows
 from tad.detect.interface import Batch, Segments, Targets
 from tad.detect.segments import clip_segments
 from tad.errors import RecipeError, WeightsError, did_you_mean
@@ -25,6 +27,19 @@ def check_numbers(low: float, high: float, **values: float) -> None:
         right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if not right_type or not low <= value <= high:
             raise RecipeError(f"{name} must be a {'whole ' if whole else ''}number from {low} to {high}, got {value!r}")
+
+
+def is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Whether ``value`` is what a list of a recipe is: a list, or a tuple in Python."""
+    return isinstance(value, (list, tuple))
+
+
+def check_names(name: str, values: object, *, such_as: str) -> None:
+    """Raise :class:`RecipeError` unless ``values`` is a list of one or more different names."""
+    if not is_list(values) or not values or not all(isinstance(value, str) for value in values):
+        raise RecipeError(f"{name} must be a list of names, such as {such_as}, got {values!r}")
+    if len(set(values)) != len(values):
+        raise RecipeError(f"{name} repeat: {', '.join(values)}")
 
 
 def check_finite(video: str, *outputs: Tensor) -> None:
@@ -47,9 +62,7 @@ def extents(batch: Batch) -> Tensor:
     """(B, 2) in row edges: what the rows of each sample look at with their windows, inside the video."""
     ends = []
     for axis, duration_s, count in zip(batch.axes, batch.durations_s, batch.mask.sum(1).tolist(), strict=True):
-        half = 0.5 * max(axis.window_s / axis.scale_s, 1.0)  # rows
-        low = max(0.5 - half, axis.to_rows(0.0))
-        ends.append((low, max(low, min(count - 0.5 + half, axis.to_rows(duration_s)))))
+        ends.append(extent_rows(axis, count, duration_s))
     return torch.tensor(ends, dtype=torch.float64)
 
 

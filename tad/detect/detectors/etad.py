@@ -21,6 +21,7 @@ from tad.detect.detectors.common import (
     check_finite,
     check_numbers,
     extents,
+    is_list,
     segments_in_seconds,
     truths_within,
 )
@@ -158,6 +159,8 @@ class ETAD(Detector):
             iou_l2_weight=iou_l2_weight,
         )
         check_numbers(0.0, 1.0, ratio=ratio, detect_ratio=detect_ratio, dropout=dropout)
+        if not is_list(tiou_thresholds):
+            raise RecipeError(f"etad: tiou_thresholds must be a list, one a stage, got {tiou_thresholds!r}")
         check_numbers(0.0, 1.0, **{f"tiou_thresholds[{i}]": t for i, t in enumerate(tiou_thresholds)})
         if len(tiou_thresholds) != stages:
             raise RecipeError(f"etad: {stages} stages need as many tiou_thresholds, got {list(tiou_thresholds)}")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tad.detect.detectors.common import (
     check_choice,
     check_finite,
+    check_names,
     check_numbers,
     extents,
     segments_in_seconds,
@@ -201,7 +202,7 @@ class SPTAD(Detector):
         """
         if model.get("rows") != "auto":
             return dict(model)
-        if list(model.get("levels", ["features"])) != ["features"]:
+        if model.get("levels", ["features"]) not in (["features"], ("features",)):
             raise RecipeError("rows 'auto' is for levels [features]; give the rows of the finest level in a clip")
         longest = float(np.quantile(lengths_rows, 0.98)) if len(lengths_rows) else 0.0
         power = 2 ** math.ceil(math.log2(max(longest, 1.0)))
@@ -307,10 +308,7 @@ def _levels_read(channels: dict[str, int], levels: Sequence[str], rows: int, pyr
     """The levels that ``pyramid`` reads, fine to coarse, and their rows in a clip."""
     if not channels:
         raise RecipeError("sptad needs at least one stream")
-    if isinstance(levels, str) or not levels or not all(isinstance(level, str) for level in levels):
-        raise RecipeError(f"levels must be a list of names, such as [s2, s4, s8], got {levels!r}")
-    if len(set(levels)) != len(levels):
-        raise RecipeError(f"levels repeat: {', '.join(levels)}")
+    check_names("levels", levels, such_as="[s2, s4, s8]")
     coarsest = 2 ** (len(levels) - 1)
     if rows % coarsest:
         raise RecipeError(

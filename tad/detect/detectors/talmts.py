@@ -273,7 +273,7 @@ class TALMTS(Detector):
         """
         if model.get("rows") != "auto":
             return dict(model)
-        if list(model.get("levels", ["features"])) != ["features"]:
+        if model.get("levels", ["features"]) not in (["features"], ("features",)):
             raise RecipeError("rows 'auto' is for levels [features]; give the rows of the finest level in a clip")
         longest = float(np.quantile(lengths_rows, 0.98)) if len(lengths_rows) else 0.0
         power = 2 ** math.ceil(math.log2(max(longest, 1.0)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tad.detect.detectors.common import check_names, is_list
 from tad.detect.interface import Batch
 from tad.errors import RecipeError, did_you_mean
 
@@ -24,11 +25,13 @@ def streams_read(
 
     Raises :class:`RecipeError` for names that are not in ``channels``, or no stream of features to read.
     """
-    named = {} if frames is None or isinstance(frames, str) else dict(frames)
+    if frames is not None and not isinstance(frames, (str, Mapping)):
+        raise RecipeError(f"frames must name a stream, or give streams of features one each, got {frames!r}")
+    named = dict(frames) if isinstance(frames, Mapping) else {}
     pictures = [frames] if isinstance(frames, str) else list(named.values())
     for name in [*named, *pictures]:
-        if name not in channels:
-            raise RecipeError(f"frames: '{name}' is not among the recipe's streams.{did_you_mean(name, channels)}")
+        if not isinstance(name, str) or name not in channels:
+            raise RecipeError(f"frames: {name!r} is not among the recipe's streams.{did_you_mean(str(name), channels)}")
     streams = [stream for stream in channels if stream not in pictures]
     if not streams:
         raise RecipeError("at least one stream of features is needed, beside frames")
@@ -46,14 +49,12 @@ def level_shapes(
 
     Raises :class:`RecipeError` for levels that are no names or repeat, and shapes that are none, or of other levels.
     """
-    if isinstance(levels, str) or not levels or not all(isinstance(level, str) for level in levels):
-        raise RecipeError(f"levels must be a list of names, such as [s4-map, s8-map], got {levels!r}")
-    if len(set(levels)) != len(levels):
-        raise RecipeError(f"levels repeat: {', '.join(levels)}")
+    check_names("levels", levels, such_as="[s4-map, s8-map]")
     if level_channels is None:
         return dict.fromkeys(levels, (channels,))
-    if set(level_channels) != set(levels):
-        raise RecipeError(f"level_channels must name the levels {', '.join(levels)}, got {', '.join(level_channels)}")
+    if not isinstance(level_channels, Mapping) or set(level_channels) != set(levels):
+        got = ", ".join(map(str, level_channels)) if isinstance(level_channels, Mapping) else repr(level_channels)
+        raise RecipeError(f"level_channels must name the levels {', '.join(levels)}, got {got}")
     shapes = {}
     for level in levels:
         given = level_channels[level]
@@ -94,7 +95,7 @@ def stored_shapes(
 
 def frame_shape(size: Sequence[int]) -> tuple[int, int]:
     """Height and width of frames. Raises :class:`RecipeError`."""
-    if isinstance(size, str) or len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
+    if not is_list(size) or len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
         raise RecipeError(f"frame_size must be [height, width] in pixels, got {size!r}")
     return size[0], size[1]
 
@@ -110,10 +111,15 @@ def level_bounds(bounds: Bounds | Literal["activitynet"] | None, levels: int, ro
                 f"{len(ACTIVITYNET_BOUNDS)}; or give [low, high] for every level, in rows"
             )
         return torch.tensor(ACTIVITYNET_BOUNDS, dtype=torch.float32) * rows / ACTIVITYNET_FRAMES
-    pairs = [tuple(map(float, pair)) for pair in bounds]
-    if len(pairs) != levels or not all(len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+    if not is_list(bounds) or len(bounds) != levels or not all(map(_is_span, bounds)):
         raise RecipeError(f"bounds must be [low, high] in rows for each of {levels} levels, got {bounds!r}")
-    return torch.tensor(pairs, dtype=torch.float32)
+    return torch.tensor([tuple(map(float, pair)) for pair in bounds], dtype=torch.float32)
+
+
+def _is_span(pair: object) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(isinstance(side, (int, float)) for side in pair) and bool(pair[0] < pair[1])
 
 
 def mask_of(batch: Batch, key: str, rows: int) -> Tensor:
