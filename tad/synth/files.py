@@ -101,9 +101,7 @@ def make_videos(
     database: dict[str, dict[str, Any]] = document["database"]
     for video in (f"{subset}-{number:03d}" for number in range(videos)):
         if video in database and "synth" not in database[video]:
-            raise AnnotationError(
-                f"{annotations}: '{video}' is no synthetic video; write into another folder"
-            )
+            raise AnnotationError(f"{annotations}: '{video}' is no synthetic video; write into another folder")
     made: list[SynthVideo] = []
     todo: list[tuple[Plan, Path]] = []
     entries: dict[str, dict[str, Any]] = {}
