@@ -46,8 +46,9 @@ def test_less_memory_gives_a_lesser_mode_and_too_little_is_refused(world: Path) 
         state = torch.get_rng_state()
         same, lines = fitted(recipe, store, truth, memory_bytes=None)
         assert same == recipe
-        assert len(lines) == 1
+        assert len(lines) == 2
         assert "egs" in lines[0]
+        assert "activations" in lines[1]
         for budget in (2**30, *(int(2**25 * 0.7**step) for step in range(4))):
             try:
                 chosen, lines = fitted(recipe, store, truth, memory_bytes=budget)
