@@ -232,8 +232,9 @@ class EpochLoader:
         workers = 0 if dataset.in_memory else workers  # these are handed over faster than a worker could send them
         self.shares = _Shares(rank, world)
         self.dataset, self.generator = dataset, torch.Generator()
+        samples: Dataset[Any] = _Guarded(dataset) if workers else dataset
         self.loader: DataLoader[Any] = DataLoader(
-            _Guarded(dataset) if workers else dataset,  # type: ignore[arg-type]
+            samples,
             batch_sampler=self.shares,
             num_workers=workers,
             collate_fn=_Unless(collate or self._usual) if workers else collate or self._usual,
@@ -253,7 +254,7 @@ class EpochLoader:
             yield batch
 
 
-class _Guarded:
+class _Guarded(Dataset[Any]):
     """Samples in a worker: errors that are meant for the user are handed over, where torch would make their message a
     traceback.
     """
