@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # How sums round depends on the number of threads, so all processes have one; set before any test imports torch.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

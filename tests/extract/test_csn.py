@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +48,6 @@ TAGS = ("A", "A_rect", pytest.param("A_nat", marks=pytest.mark.slow))
 
 # Of golden/backbones, mma_ircsn_r50: SHA-256 of the filled weights, and the first features of A and A_rect.
 FILLED = "e4eebbde3290c88f2c203f7e2d00bd98b6041f372e0adcf38061ec63f5c3c8e3"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(

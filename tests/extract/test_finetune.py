@@ -91,15 +91,6 @@ def test_what_there_is_none_of_is_not_counted() -> None:
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes that are started here: the number of threads decides how sums round."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight short training videos and three to judge by, of two classes that differ in direction."""

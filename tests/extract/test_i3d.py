@@ -28,14 +28,6 @@ FILLED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=GOLDEN)
 def loaded(
     request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,14 +71,6 @@ FIRST = {
     ("mixed", "A"): [1.521278, 10.558574, 0.774775, 25.512419, 4.834391, 29.339939, 12.782104, 15.348633],
     ("mixed", "A_rect"): [1.170822, 13.555668, 0.594970, 24.394558, 4.303768, 32.123402, 13.206262, 15.392104],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(

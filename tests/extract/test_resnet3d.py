@@ -34,14 +34,6 @@ TAGS = {"A": "", "A_rect": "_rect", "A_nat": "_nat"}
 LEVELS = ("res3", "res4", "res5")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pytorchvideo_shapes(kernels: Any, stem: int, stages: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The public key table, written down from the published architecture."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -46,14 +46,6 @@ LEVELS = ("res3", "res4", "res5")
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def public_shapes(
     family: str, slow: int, fast: int, fusion_kernel: int, temporal: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,14 +59,6 @@ MMACTION = {
     "mlp.fc1.": "ffns.0.layers.0.0.",
     "mlp.fc2.": "ffns.0.layers.1.",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def official_shapes(frames: int, patches: int) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,6 @@ FIRST = {
     ("tsn-r50", "A_rect"): [41.939003, 0.000000, 74.340836, 239.877884, 141.658096, 0.000000, 197.326141, 0.459672],
     ("tsm-r50", "A"): [168.766998, 5.883203, 253.571075, 54.043793, 42.433823, 0.000000, 112.722023, 4.311134],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=GOLDEN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,14 +40,6 @@ NAMES_5 = {  # of transformers 5, where they differ
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def published_shapes(tokens: int) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ from tests.joint.test_train import assert_same_run, in_two, make_world, recipe_o
 SLOW = {"optimizer": "sgd", "lr": 1e-3}
 UNSAMPLED = {"anchors_per_video": 100000, "proposals_per_video": 100000}  # TAL-Net draws none of them at random
 FRAMES = ExtractRecipe(backbone="frames", fps=12.5, short_side=32, crop="full")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
